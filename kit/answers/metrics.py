@@ -1,0 +1,148 @@
+"""mAP@100 as Google Landmark Retrieval defines it, on the public and the private half.
+
+`python -m kit.answers.metrics submission.csv solution.csv` scores any submission.
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kit import files
+from kit.answers import submission
+from kit.data import lists
+from kit.data.sources import read_csv, read_solution
+
+
+@dataclass(frozen=True)
+class Score:
+    """mAP@100 of both halves; NaN where a half has no query."""
+
+    public: float
+    private: float
+    queries: pd.DataFrame  # id, usage, positives, ap: one row a query with an answer
+
+    def __str__(self) -> str:
+        return f"private mAP@100 {self.private:.4f}  public mAP@100 {self.public:.4f}"
+
+
+def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """hits (Q, k) bool, best first; positives (Q,) how many there are -> AP (Q,).
+
+    The sum of precisions at the hits, divided by min(positives, k).
+    """
+    precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
+    return (precision * hits).sum(axis=1) / np.minimum(positives, hits.shape[1])
+
+
+def evaluate(
+    query_ids: Sequence[str] | np.ndarray,
+    ranked: np.ndarray,
+    solution: pd.DataFrame,
+    k: int = 100,
+) -> Score:
+    """query_ids (Q,), ranked (Q, any) ids, best first, and a table of `read_solution`.
+
+    Ignored queries do not count. An id that is answered twice counts once, at its better place.
+    """
+    asked = solution[solution["usage"] != "Ignored"].reset_index(drop=True)
+    row = pd.Index(query_ids).get_indexer(asked["id"])
+    if (row < 0).any():
+        raise ValueError(
+            f"query {asked['id'][row < 0].iloc[0]} of the solution has no answer "
+            f"({int((row < 0).sum())} missing)"
+        )
+    truth = asked["images"].str.split().explode()
+    known = pd.Index(truth.dropna().unique())
+    truth_keys = truth.index.to_numpy() * len(known) + known.get_indexer(truth)
+    ranked = ranked[row, :k]
+    ranked = np.pad(ranked, ((0, 0), (0, k - ranked.shape[1])))  # pads with empty ids
+    code = known.get_indexer(ranked.ravel())
+    keys = np.repeat(np.arange(len(asked)), k) * len(known) + code
+    hits = (code >= 0) & np.isin(keys, truth_keys)
+    once = np.zeros(len(keys), dtype=bool)
+    once[np.unique(keys, return_index=True)[1]] = True
+    positives = asked["images"].str.split().str.len().to_numpy()
+    ap = average_precision((hits & once).reshape(len(asked), k), positives)
+    queries = asked[["id", "usage"]].assign(positives=positives, ap=ap)
+    public, private = (
+        float(queries.loc[queries["usage"] == half, "ap"].mean())
+        for half in ("Public", "Private")
+    )
+    return Score(public, private, queries)
+
+
+def evaluate_file(path: Path, solution: Path) -> Score:
+    rankings = submission.read(path)
+    width = max(1, *map(len, rankings.values()))
+    ranked = np.array(
+        [images + [""] * (width - len(images)) for images in rankings.values()]
+    )
+    return evaluate(list(rankings), ranked, read_solution(solution))
+
+
+class LeakError(ValueError):
+    """An offline number whose models or references have seen what it is measured on."""
+
+
+def refuse_leaks(
+    folder: Path,
+    searched: lists.ImageList,
+    seen: Mapping[str, str],
+    optimistic: bool = False,
+) -> str:
+    """ "" where nothing leaks; with `optimistic`, the warning to print beside the number.
+
+    seen: hash -> name of every list that the models trained on or whose images vote.
+    """
+    found = lists.leaks(seen, folder, searched)
+    if not found:
+        return ""
+    name, count = next(iter(found.items()))
+    problem = (
+        f"list {name} is not one of those in {folder}, so nobody can tell what it holds"
+        if count < 0
+        else f"list {name} holds {count} validation queries or images of {searched.name}"
+    )
+    if not optimistic:
+        raise LeakError(
+            f"{problem}; use a holdout list, or set optimistic to print it as LEAKY"
+        )
+    return f"  LEAKY ({problem})"
+
+
+GAINS = ("step", "public", "private", "note")
+
+
+def write_gains(path: Path, rows: Sequence[tuple[str, float, float, str]]) -> Path:
+    """gains.csv: mAP@100 after each step."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(GAINS)
+    table.writerows((step, f"{a:.6f}", f"{b:.6f}", note) for step, a, b, note in rows)
+    return files.write_text(path, text.getvalue())
+
+
+def read_gains(path: Path) -> list[tuple[str, float, float, str]]:
+    table = read_csv(path, GAINS)
+    numbers = (table[name].astype(float) for name in ("public", "private"))
+    return list(zip(table["step"], *numbers, table["note"], strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if len(given) != 2:
+        sys.exit("usage: python -m kit.answers.metrics submission.csv solution.csv")
+    try:
+        print(evaluate_file(Path(given[0]), Path(given[1])))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"metrics: {error}")
+
+
+if __name__ == "__main__":
+    main()

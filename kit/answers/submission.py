@@ -1,0 +1,73 @@
+"""submission.csv for retrieval: `id,images`, at most 100 index ids a query, best first."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from kit import files
+from kit.data.sources import read_csv
+
+LIMIT = 100  # index images a query
+
+
+def write(path: Path, query_ids: np.ndarray, ranked: np.ndarray) -> Path:
+    """query_ids: (Q,); ranked: (Q, k) ids, best first, empty ones left out."""
+    if len(query_ids) != len(ranked):
+        raise ValueError(f"{len(query_ids)} queries, but {len(ranked)} rankings")
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.write("id,images\n")
+        for query, images in zip(query_ids, ranked, strict=True):
+            file.write(f"{query},{' '.join(filter(None, images.tolist()))}\n")
+    return path
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    """Query id -> ranked index ids."""
+    table = read_csv(path, ("id", "images"))
+    repeated = table.loc[table["id"].duplicated(), "id"]
+    if len(repeated):
+        raise ValueError(
+            f"{path}: query {repeated.iloc[0]} stands there more than once"
+        )
+    return dict(zip(table["id"], table["images"].str.split(), strict=True))
+
+
+def check(
+    path: Path, query_ids: Iterable[str], index_ids: Iterable[str] | None = None
+) -> int:
+    """What Kaggle would refuse or score as zero, refused here; returns the number of queries.
+
+    Every query once and no other, at most 100 images each, none twice, all of them in the index.
+    """
+    rankings = read(path)
+    wanted = set(query_ids)
+    missing, strange = (
+        sorted(wanted - rankings.keys()),
+        sorted(rankings.keys() - wanted),
+    )
+    if missing:
+        raise ValueError(
+            f"{path}: query {missing[0]} has no line ({len(missing)} missing)"
+        )
+    if strange:
+        raise ValueError(
+            f"{path}: {strange[0]} is no query ({len(strange)} such lines)"
+        )
+    known = None if index_ids is None else set(index_ids)
+    for query, images in rankings.items():
+        if len(images) > LIMIT:
+            raise ValueError(
+                f"{path}: query {query} has {len(images)} images, more than {LIMIT}"
+            )
+        if len(set(images)) < len(images):
+            raise ValueError(f"{path}: query {query} has an image twice")
+        if known is not None and not known.issuperset(images):
+            wrong = next(image for image in images if image not in known)
+            raise ValueError(
+                f"{path}: query {query} answers {wrong}, which is not in the index"
+            )
+    return len(rankings)

@@ -1,0 +1,335 @@
+"""What a dataset says -> image lists with one label space, and the lists read back.
+
+A list is `<name>.csv` with the columns of `COLUMNS` and `<name>.json`, which counts rows, sources
+and every kind of dropped row. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
+`full` (all of train), `index`, `query`, `index_train` (full and the index images whose place
+train knows), `all` (index_train and the test images). `index_train_holdout` and `all_holdout` are
+the last two without any validation query and any image of the index that validation searches:
+whatever trains or votes for an offline number is made of these.
+
+Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops counted.
+"""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import kit
+from kit import files
+from kit.data import images
+from kit.data.sources import OTHER, Facts, read_solution
+
+log = logging.getLogger(__name__)
+
+COLUMNS = {
+    "id": str,
+    "path": str,  # from the data folder
+    "landmark_id": str,  # the dataset's own, which differs between train and index; -1: none
+    "label": "int64",  # 0..C-1, clean landmarks first in file order; -1: none
+    "clean": "int64",  # 1 where the label is trusted
+    "country": "category",
+    "continent": "category",
+    "height": "int64",  # as shown, after EXIF rotation; -1: header not read
+    "width": "int64",
+}
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """One list in its canonical order."""
+
+    name: str
+    rows: pd.DataFrame  # columns of COLUMNS
+    root: Path  # the data folder that `path` starts from
+    hash: str  # SHA-256 of the CSV
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(N,) U16."""
+        return self.rows["id"].to_numpy().astype("U16")
+
+    @property
+    def countries(self) -> np.ndarray:
+        """(N,) int64, equal numbers for equal countries; -1 where it is not known."""
+        codes = pd.factorize(self.rows["country"].astype(str), sort=True)[0].astype(
+            np.int64
+        )
+        return np.where(self.rows["country"].isin(["", OTHER]), -1, codes)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.rows["label"].to_numpy()
+
+
+def build(
+    facts: Facts,
+    data: Path,
+    out: Path,
+    continents: Mapping[str, str] | None = None,
+    *,
+    index_ids: Path | None = None,
+    sizes: bool = True,
+) -> dict[str, int]:
+    """Writes every list that `facts` allow into `out`; returns the number of rows by name.
+
+    data: the folder that paths start from. index_ids: a file with the ids of a competition's
+    smaller index, one a line; `index_val` then holds them and every positive, and is what the
+    holdout lists stay clear of. sizes: read heights and widths from the images' headers.
+    """
+    if continents is not None:
+        unknown = sorted(set(facts.country) - set(continents))
+        if unknown:
+            count = int((facts.country == unknown[0]).sum())
+            raise ValueError(
+                f"country {unknown[0]} ({count} landmarks) has no continent; add a row for it"
+            )
+    tables, dropped = _cut(facts, index_ids)
+    tables = {name: table for name, table in tables.items() if len(table)}
+    shapes = _sizes(tables, data) if sizes else None
+    counts = {}
+    for name, table in tables.items():
+        rows = _finish(table, facts.country, continents, shapes)
+        counts[name] = _write(
+            out, name, rows, data, facts, dropped.get(name, {}), sizes
+        )
+        log.info("list %-20s %9d rows", name, counts[name])
+    for path in [
+        *out.glob("*.csv"),
+        *out.glob("*.json"),
+    ]:  # of an earlier build from other data
+        if path.stem not in counts:
+            path.unlink()
+    if len(facts.solution):
+        table = facts.solution.rename(columns={"usage": "Usage"})
+        with files.replacing(out / "solution.csv") as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    return counts
+
+
+def _cut(
+    facts: Facts, index_ids: Path | None
+) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, int]]]:
+    full, index = facts.train, facts.index
+    c2x = full[full["landmark_id"].isin(set(facts.clean["landmark_id"]))]
+    tables = {"clean": facts.clean, "c2x": c2x, "full": full}
+    dropped = {"c2x": {"landmark is not in the clean list": len(full) - len(c2x)}}
+    tables |= {"index": index, "query": facts.query.assign(landmark_id="-1", label=-1)}
+    known = index[index["label"] >= 0].assign(clean=1)
+    searched = set(index["id"])
+    if index_ids is not None:
+        searched = _searched(facts, index_ids)
+        tables["index_val"] = index[index["id"].isin(searched)]
+        dropped["index_val"] = {
+            "not in the given ids, no positive": len(index) - len(searched)
+        }
+    unknown = {"index image of a place unknown to train": len(index) - len(known)}
+    if len(full) and len(index):
+        free = known[~known["id"].isin(searched)]
+        tables["index_train"] = pd.concat([full, known], ignore_index=True)
+        tables["index_train_holdout"] = pd.concat([full, free], ignore_index=True)
+        dropped["index_train"] = unknown
+        dropped["index_train_holdout"] = unknown | {
+            "index image that validation searches": len(known) - len(free)
+        }
+    if len(full) and len(facts.solution):
+        tested, lost = _tested(facts)
+        ignored = tested[tested["label"] < 0]
+        tables["all"] = pd.concat([tables["index_train"], tested], ignore_index=True)
+        tables["all_holdout"] = pd.concat(
+            [tables["index_train_holdout"], ignored], ignore_index=True
+        )
+        dropped["all"] = dropped["index_train"] | lost
+        dropped["all_holdout"] = dropped["index_train_holdout"] | {
+            "row of a validation query": len(tested) - len(ignored)
+        }
+    return tables, dropped
+
+
+def _searched(facts: Facts, index_ids: Path) -> set[str]:
+    """A competition's index and every positive of the solution."""
+    wanted = [
+        line.strip() for line in index_ids.read_text(encoding="utf-8").splitlines()
+    ]
+    wanted = [line for line in wanted if line and line != "id"]
+    strange = set(wanted) - set(facts.index["id"])
+    if strange:
+        raise ValueError(f"{index_ids}: {min(strange)} is not an image of the index")
+    return set(wanted) | set(" ".join(facts.solution["images"]).split())
+
+
+def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Test images with the labels of their positives, one row a label; ignored ones with -1."""
+    solution = facts.solution.merge(facts.query, on="id", how="inner")
+    lost = {"query that is not in the test list": len(facts.solution) - len(solution)}
+    ignored = solution[solution["usage"] == "Ignored"]
+    asked = solution[solution["usage"] != "Ignored"]
+    pairs = asked.assign(positive=asked["images"].str.split()).explode("positive")
+    by_id = facts.index.set_index("id")["label"]
+    pairs["label"] = pairs["positive"].map(by_id)
+    lost["positive that is not in the index"] = int(pairs["label"].isna().sum())
+    pairs["label"] = pairs["label"].fillna(-1).astype(np.int64)
+    lost["positive of a place unknown to train"] = (
+        int((pairs["label"] < 0).sum()) - lost["positive that is not in the index"]
+    )
+    labelled = pairs[pairs["label"] >= 0].drop_duplicates(["id", "label"])
+    lost["query without any label that train knows"] = (
+        len(asked) - labelled["id"].nunique()
+    )
+    tested = pd.concat([labelled, ignored.assign(label=-1)], ignore_index=True)
+    return tested.assign(landmark_id="-1", clean=1)[
+        ["id", "path", "landmark_id", "label", "clean"]
+    ], lost
+
+
+def _finish(
+    table: pd.DataFrame,
+    country: np.ndarray,
+    continents: Mapping[str, str] | None,
+    shapes: Mapping[str, tuple[int, int]] | None,
+) -> pd.DataFrame:
+    label = table["label"].to_numpy(dtype=np.int64)
+    place = np.append(country, "")[label]  # -1 takes the last, empty one
+    rows = pd.DataFrame(
+        {
+            "id": table["id"].to_numpy(),
+            "path": table["path"].to_numpy(),
+            "landmark_id": table["landmark_id"].to_numpy(),
+            "label": label,
+            "clean": table["clean"].to_numpy(np.int64)
+            if "clean" in table
+            else (label >= 0) * 1,
+            "country": place,
+            "continent": pd.Series(place)
+            .map(dict(continents or {}))
+            .fillna("")
+            .to_numpy(),
+        }
+    )
+    sizes = (
+        [shapes[path] for path in rows["path"]] if shapes else [(-1, -1)] * len(rows)
+    )
+    rows["height"], rows["width"] = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    return rows
+
+
+def _sizes(
+    tables: Mapping[str, pd.DataFrame], data: Path
+) -> dict[str, tuple[int, int]]:
+    """Height and width by path, every header read once."""
+    paths = sorted(set().union(*(table["path"] for table in tables.values())))
+    with ThreadPoolExecutor(16) as pool:  # waits for the disk most of the time
+        return dict(
+            zip(
+                paths,
+                pool.map(
+                    lambda path: images.header_size(data / path), paths, chunksize=64
+                ),
+                strict=True,
+            )
+        )
+
+
+def _write(
+    out: Path,
+    name: str,
+    rows: pd.DataFrame,
+    data: Path,
+    facts: Facts,
+    dropped: Mapping[str, int],
+    sizes: bool,
+) -> int:
+    path = out / f"{name}.csv"
+    with files.replacing(path) as temporary:
+        rows.to_csv(temporary, index=False, lineterminator="\n")
+    unreadable = int((rows["height"] < 0).sum()) if sizes else None
+    files.write_json(
+        path.with_suffix(".json"),
+        {
+            "name": name,
+            "rows": len(rows),
+            "images": int(rows["id"].nunique()),
+            "labels": int(rows.loc[rows["label"] >= 0, "label"].nunique()),
+            "classes": len(facts.country),
+            "without label": int((rows["label"] < 0).sum()),
+            "unreadable headers": unreadable,
+            "dropped": dict(dropped),
+            "notes": facts.notes,
+            "sources": facts.sources,
+            "root": str(data.resolve()),
+            "hash": files.sha256(path),
+            "kit": kit.__version__,
+        },
+    )
+    return len(rows)
+
+
+def load(folder: Path, name: str) -> ImageList:
+    """The list `name` of `folder`; refuses one that its JSON does not describe."""
+    path = folder / f"{name}.csv"
+    if not path.exists() or not path.with_suffix(".json").exists():
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
+        raise FileNotFoundError(
+            f"no list {name} in {folder} (there: {there}); run 00_image_lists first"
+        )
+    about = files.read_json(path.with_suffix(".json"))
+    if files.sha256(path) != about["hash"]:
+        raise ValueError(
+            f"{path} is not the file that {name}.json describes; build it again"
+        )
+    rows = pd.read_csv(path, dtype=COLUMNS, keep_default_na=False)
+    return ImageList(name, rows, Path(about["root"]), about["hash"])
+
+
+def describe(folder: Path) -> pd.DataFrame:
+    """One row a list: rows, images, labels, and what was dropped and why."""
+    about = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
+    return pd.DataFrame(
+        {
+            "list": [a["name"] for a in about],
+            "rows": [a["rows"] for a in about],
+            "labels": [a["labels"] for a in about],
+            "without label": [a["without label"] for a in about],
+            "dropped": [
+                "; ".join(
+                    f"{count} {reason}"
+                    for reason, count in a["dropped"].items()
+                    if count
+                )
+                for a in about
+            ],
+        }
+    ).sort_values("rows", ignore_index=True)
+
+
+def leaks(seen: Mapping[str, str], folder: Path, searched: ImageList) -> dict[str, int]:
+    """Images that an offline number must not have seen, by the list that has them.
+
+    seen: hash -> name of every list that a checkpoint or reference store met through its whole
+    chain. searched: the index of the number; its queries are those of the solution in `folder`.
+    A hash that no list in `folder` has cannot be judged and counts as -1.
+    """
+    solution = read_solution(folder / "solution.csv")
+    forbidden = set(solution.loc[solution["usage"] != "Ignored", "id"]) | set(
+        searched.rows["id"]
+    )
+    here = {files.read_json(path)["hash"]: path.stem for path in folder.glob("*.json")}
+    found = {}
+    for digest, name in seen.items():
+        if digest not in here:
+            found[name] = -1
+            continue
+        common = forbidden.intersection(
+            pd.read_csv(folder / f"{here[digest]}.csv", usecols=["id"], dtype=str)["id"]
+        )
+        if common:
+            found[name] = len(common)
+    return found

@@ -1,0 +1,364 @@
+"""GLDv2's official CSVs, a CSV of your own, or a folder per class -> `Facts`, what a dataset says.
+
+Definitions: 2nd place of Google Landmark Retrieval 2021; the category join is by name because
+train and index number their landmarks differently.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+
+SPLITS = ("train", "index", "query")
+ID = re.compile(r"[0-9a-f]{16}")
+PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
+OTHER = "OTHER"  # the country of a landmark in no country file
+
+
+@dataclass
+class Facts:
+    """What a dataset says, before lists are cut from it. Tables are in file order.
+
+    `train` and `clean` have id, path, landmark_id, label, clean; `index` has id, path, landmark_id,
+    label (-1 where train does not know the place); `query` has id and path; `solution` has id,
+    images (ids with spaces between them) and usage.
+    """
+
+    train: pd.DataFrame
+    clean: pd.DataFrame
+    index: pd.DataFrame
+    query: pd.DataFrame
+    solution: pd.DataFrame
+    country: np.ndarray  # (C,) country code of each label
+    sources: dict[str, int]  # rows read, by file
+    notes: dict[str, int]  # what was decided along the way, counted
+
+
+def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+    """A CSV as text: an id stays an id though it looks like a number, `None` and `NA` stay words."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+        UnicodeDecodeError,
+    ) as error:
+        raise ValueError(f"{path}: not a CSV file ({str(error).strip()})") from None
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+        )
+    return table
+
+
+def read_solution(path: Path) -> pd.DataFrame:
+    """id, images (ids with spaces between them, empty where ignored), usage."""
+    table = read_csv(path, ("id", "images", "Usage"))
+    table = table[["id", "images", "Usage"]].rename(columns={"Usage": "usage"})
+    unknown = set(table["usage"]) - {"Public", "Private", "Ignored"}
+    if unknown:
+        raise ValueError(
+            f"{path}: Usage {min(unknown)!r} is not Public, Private or Ignored"
+        )
+    _refuse_repeats(table["id"], path)
+    table.loc[table["usage"] == "Ignored", "images"] = ""
+    return table
+
+
+def read_continents(path: Path, column: str = "continent") -> dict[str, str]:
+    """Country code -> continent; column `glr2021` has the 2021 system's choices."""
+    table = read_csv(path, ("country", column))
+    return dict(zip(table["country"], table[column], strict=True))
+
+
+def category_name(text: str) -> str:
+    """The name in a Wikimedia category address, decoded, so that both label spaces can meet."""
+    return unquote(text.rpartition("Category:")[2]).replace("_", " ").strip()
+
+
+def read(data: Path, layout: str = "gldv2", table: Path | None = None) -> Facts:
+    """layout: `gldv2` (official CSVs), `csv` (`table`: path,label[,group,split]) or `folders`."""
+    readers = {
+        "gldv2": lambda: official(data),
+        "csv": lambda: from_csv(table, data),
+        "folders": lambda: from_folders(data),
+    }
+    if layout not in readers:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(readers)}")
+    return readers[layout]()
+
+
+def official(data: Path) -> Facts:
+    """A folder in GLDv2's layout; a missing split gives empty tables."""
+    sources: dict[str, int] = {}
+    notes: dict[str, int] = {}
+
+    def table(name: str, *columns: str) -> pd.DataFrame:
+        found = read_csv(data / name, columns)
+        if found.empty:
+            raise ValueError(f"{data / name}: no rows")
+        sources[name] = len(found)
+        return found
+
+    if not any((data / split).is_dir() for split in ("train", "index", "test")):
+        raise FileNotFoundError(
+            f"{data}: no train/, index/ or test/ folder in GLDv2's layout"
+        )
+    train = clean = _empty("id", "path", "landmark_id", "label", "clean")
+    index = _empty("id", "path", "landmark_id", "label")
+    query, solution = _empty("id", "path"), _empty("id", "images", "usage")
+    landmarks = pd.Index([], dtype=object)  # landmark_id of each label
+    names: dict[str, int] = {}  # category -> label
+    if (data / "train").is_dir():
+        train, clean, landmarks = _official_train(
+            table("train/train.csv", "id", "landmark_id"),
+            table("train/train_clean.csv", "landmark_id", "images"),
+            data,
+        )
+        categories = table(
+            "train/train_label_to_category.csv", "landmark_id", "category"
+        )
+        labels = landmarks.get_indexer(categories["landmark_id"])
+        for name, label in zip(
+            categories["category"].map(category_name), labels, strict=True
+        ):
+            if label >= 0:
+                names.setdefault(
+                    name, int(label)
+                )  # of two landmarks the first in the file
+        notes["train landmarks whose category another one has"] = int(
+            (labels >= 0).sum()
+        ) - len(names)
+    if (data / "index").is_dir():
+        index = _official_index(
+            table("index/index.csv", "id"),
+            table("index/index_image_to_landmark.csv", "id", "landmark_id"),
+            table("index/index_label_to_category.csv", "landmark_id", "category"),
+            names,
+            data,
+        )
+    if (data / "test").is_dir():
+        query = table("test/test.csv", "id")[["id"]]
+        query["path"] = _paths(query["id"], "test", data / "test/test.csv")
+        if (data / "test/retrieval_solution_v2.1.csv").exists():
+            solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
+            sources["test/retrieval_solution_v2.1.csv"] = len(solution)
+    country = _countries(data / "train/country", landmarks, notes)
+    for split in ("train", "index", "test"):
+        if (data / split).is_dir():
+            _refuse_wrong_root(
+                {"train": train, "index": index, "test": query}[split], data
+            )
+    return Facts(train, clean, index, query, solution, country, sources, notes)
+
+
+def _official_train(
+    train: pd.DataFrame, clean: pd.DataFrame, data: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.Index]:
+    """Tables of train.csv and train_clean.csv -> rows of train, rows of clean, landmarks by label."""
+    _refuse_repeats(clean["landmark_id"], data / "train/train_clean.csv")
+    landmarks = pd.Index(clean["landmark_id"]).append(
+        pd.Index(train["landmark_id"])
+        .unique()
+        .difference(clean["landmark_id"], sort=False)
+    )
+    rows = clean.assign(
+        id=clean["images"].str.split(), label=np.arange(len(clean), dtype=np.int64)
+    )
+    rows = rows.explode("id", ignore_index=True)[["id", "landmark_id", "label"]]
+    rows["clean"] = 1
+    rows["path"] = _paths(rows["id"], "train", data / "train/train_clean.csv")
+    train = train[["id", "landmark_id"]].copy()
+    train["path"] = _paths(train["id"], "train", data / "train/train.csv")
+    train["label"] = landmarks.get_indexer(train["landmark_id"])
+    # clean only under the landmark that the clean list names, not under another one
+    trusted = pd.Series(rows["label"].to_numpy(), index=rows["id"])
+    train["clean"] = (train["id"].map(trusted) == train["label"]).astype(np.int64)
+    return train, rows, landmarks
+
+
+def _official_index(
+    index: pd.DataFrame,
+    places: pd.DataFrame,
+    categories: pd.DataFrame,
+    names: Mapping[str, int],
+    data: Path,
+) -> pd.DataFrame:
+    _refuse_repeats(places["id"], data / "index/index_image_to_landmark.csv")
+    known = categories["category"].map(category_name).map(names)
+    label = pd.Series(known.to_numpy(), index=categories["landmark_id"])
+    label = label[~label.index.duplicated()]
+    rows = index[["id"]].copy()
+    rows["path"] = _paths(rows["id"], "index", data / "index/index.csv")
+    rows["landmark_id"] = (
+        rows["id"].map(places.set_index("id")["landmark_id"]).fillna("-1")
+    )
+    rows["label"] = rows["landmark_id"].map(label).fillna(-1).astype(np.int64)
+    return rows
+
+
+def _countries(folder: Path, landmarks: pd.Index, notes: dict[str, int]) -> np.ndarray:
+    """(C,) country code of each landmark: the last file (by name) that has it, else OTHER."""
+    country = np.full(len(landmarks), OTHER, dtype=object)
+    seen = np.zeros(len(landmarks), dtype=bool)
+    twice = np.zeros(len(landmarks), dtype=bool)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            members = [
+                str(row["id"]) for row in json.loads(path.read_text(encoding="utf-8"))
+            ]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: not a list of landmarks with an id ({error})"
+            ) from None
+        labels = landmarks.get_indexer(members)
+        labels = np.unique(labels[labels >= 0])
+        twice[labels] |= seen[labels]
+        seen[labels] = True
+        country[labels] = path.stem
+    notes["landmarks in more than one country file"] = int(twice.sum())
+    notes["landmarks in no country file"] = int((~seen).sum())
+    return country
+
+
+def from_csv(path: Path, root: Path) -> Facts:
+    """Any instance set: `path,label[,group,split]` with paths from `root`.
+
+    split is train (where absent), index or query; a label may be empty in index (a distractor);
+    group plays the country. Every third query is Public, the others Private.
+    """
+    table = read_csv(path, ("path", "label"))
+    for name, default in (("group", OTHER), ("split", "train")):
+        if name not in table:
+            table[name] = default
+    strange = table.loc[~table["split"].isin(SPLITS), "split"]
+    if len(strange):
+        raise ValueError(
+            f"{path}: split {strange.iloc[0]!r} is not one of {', '.join(SPLITS)}"
+        )
+    nameless = (table["label"] == "") & (table["split"] == "train")
+    if nameless.any():
+        raise ValueError(
+            f"{path}: line {int(nameless.idxmax()) + 2} is of train without a label"
+        )
+    return _from_table(table, path, root)
+
+
+def from_folders(root: Path, held_out: int = 3) -> Facts:
+    """A folder per class; `root` may hold train/, index/ and query/ with the classes inside.
+
+    Without these splits every `held_out`-th class is kept from training (0: none is); a quarter of
+    its images (at least one) are queries and the others the index.
+    """
+    split_up = all((root / split).is_dir() for split in SPLITS)
+    folders = sorted(p for p in root.glob("*/*" if split_up else "*") if p.is_dir())
+    found = []
+    for number, folder in enumerate(folders):
+        pictures = sorted(p for p in folder.rglob("*") if PICTURE.search(p.name))
+        queries = max(1, len(pictures) // 4)
+        for place, picture in enumerate(pictures):
+            split = folder.parent.name if split_up else "train"
+            if not split_up and held_out and number % held_out == held_out - 1:
+                split = "query" if place < queries else "index"
+            found.append(
+                (picture.relative_to(root).as_posix(), folder.name, OTHER, split)
+            )
+    if not found:
+        raise FileNotFoundError(f"{root}: no folder with images in it")
+    table = pd.DataFrame(
+        found, columns=["path", "label", "group", "split"], dtype=object
+    )
+    return _from_table(table, root, root)
+
+
+def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
+    """path, label, group, split of every image -> facts; labels are numbered as they appear."""
+    _refuse_repeats(table["path"], source)
+    # the name of a file is no id: sixteen digits of its hash are, and always the same
+    hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
+    table = table.assign(id=hashes)
+    train, index, query = (
+        table[table["split"] == split].reset_index(drop=True) for split in SPLITS
+    )
+    labels, names = pd.factorize(train["label"])
+    groups = train.drop_duplicates("label")["group"].to_numpy(dtype=object)
+    positives = index.groupby("label")["id"].agg(" ".join)
+    answers = query["label"].map(positives).fillna("")
+    usage = np.where(np.arange(len(query)) % 3 == 0, "Public", "Private")
+    solution = pd.DataFrame(
+        {
+            "id": query["id"],
+            "images": answers,
+            "usage": np.where(answers == "", "Ignored", usage),
+        }
+    )
+    train = train.assign(landmark_id=train["label"], label=labels, clean=1)
+    train = train[["id", "path", "landmark_id", "label", "clean"]]
+    known = pd.Index(names).get_indexer(index["label"])
+    index = index.assign(landmark_id=index["label"].replace("", "-1"), label=known)
+    index = index[["id", "path", "landmark_id", "label"]]
+    for rows in (train, index, query):
+        _refuse_wrong_root(rows, root)
+    clean = train.sort_values("label", kind="stable", ignore_index=True)
+    sources = {
+        f"{source.name} ({split})": int((table["split"] == split).sum())
+        for split in SPLITS
+    }
+    return Facts(
+        train, clean, index, query[["id", "path"]], solution, groups, sources, {}
+    )
+
+
+def _empty(*columns: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            name: pd.Series(dtype="int64" if name in ("label", "clean") else object)
+            for name in columns
+        }
+    )
+
+
+def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
+    """split/a/b/c/<id>.jpg; an id that is not sixteen hex digits is refused, it names a file."""
+    wrong = ~ids.str.fullmatch(ID)
+    if wrong.any():
+        raise ValueError(
+            f"{source}: {ids[wrong].iloc[0]!r} is not an id of 16 hex digits"
+        )
+    return (
+        split
+        + "/"
+        + ids.str[0]
+        + "/"
+        + ids.str[1]
+        + "/"
+        + ids.str[2]
+        + "/"
+        + ids
+        + ".jpg"
+    )
+
+
+def _refuse_repeats(ids: pd.Series, source: Path) -> None:
+    repeated = ids[ids.duplicated()]
+    if len(repeated):
+        raise ValueError(f"{source}: {repeated.iloc[0]} stands there more than once")
+
+
+def _refuse_wrong_root(rows: pd.DataFrame, data: Path) -> None:
+    """A list whose first hundred images are all missing belongs to another folder."""
+    sample = rows["path"].head(100)
+    if len(sample) and not any((data / path).exists() for path in sample):
+        raise FileNotFoundError(
+            f"{data}: {sample.iloc[0]} and the {len(sample) - 1} images after it are not there; "
+            "is this the folder that holds train/, index/ and test/?"
+        )

@@ -1,0 +1,50 @@
+"""Exact nearest rows by inner product, block by block: memory does not grow with the database."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def knn(queries: Tensor, database: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Scores (Q, k) and rows (Q, k) of the k largest inner products, best first.
+
+    queries: (Q, D) float32. database: blocks (n, D), such as `Features.blocks()`. Ties go to the
+    lower row. A database of fewer than k rows gives that many columns.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    scores = queries.new_empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    first = 0
+    for block in database:
+        if block.shape[1] != queries.shape[1]:
+            raise ValueError(
+                f"queries have {queries.shape[1]} dimensions, the database {block.shape[1]}"
+            )
+        here = torch.arange(first, first + len(block), device=queries.device)
+        scores = torch.cat([scores, queries @ block.to(queries).T], dim=1)
+        rows = torch.cat([rows, here.expand(len(queries), -1)], dim=1)
+        scores, at = top(scores, k)
+        rows = rows.gather(1, at)
+        first += len(block)
+    if not first:
+        raise ValueError("the database has no rows")
+    return scores, rows
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (Q, N) float32, best first; ties go to the lower column.
+
+    `torch.topk` picks any of equal values, so scores and columns are packed into one integer whose
+    order is total.
+    """
+    bits = scores.contiguous().view(torch.int32).long()
+    ordered = torch.where(
+        bits < 0, -(bits & 0x7FFFFFFF), bits
+    )  # integers in the floats' order
+    columns = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    keys = (ordered << 31) | columns
+    best = keys.topk(min(k, scores.shape[1]), dim=1).values
+    at = scores.shape[1] - 1 - (best & 0x7FFFFFFF)
+    return scores.gather(1, at), at

@@ -1,0 +1,179 @@
+"""Features on disk: one row an image, memory-mapped, written block by block, resumable.
+
+features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's order
+                        vectors.npy     (N, D) float16, unit length; zeros where unreadable
+                        done.npy        (blocks,) uint8
+                        manifest.json   model, list, what both saw, counts; `complete` at the end
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+import kit
+from kit import files
+
+
+@dataclass(frozen=True)
+class Features:
+    """A complete store, open for reading."""
+
+    ids: np.ndarray  # (N,) U16
+    vectors: np.ndarray  # (N, D) float16, memory-mapped
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) rows of `ids`; refuses an id that the store lacks."""
+        order = np.argsort(self.ids)
+        at = np.searchsorted(self.ids, ids, sorter=order).clip(max=len(self.ids) - 1)
+        rows = order[at]
+        strange = self.ids[rows] != ids
+        if strange.any():
+            raise ValueError(
+                f"features of list {self.manifest['list']['name']} have no image "
+                f"{ids[strange][0]} ({int(strange.sum())} missing)"
+            )
+        return rows
+
+    def readable(self) -> np.ndarray:
+        """(N,) bool: False where the image could not be read."""
+        return ~np.isin(self.ids, np.array(self.manifest["unreadable"], dtype="U16"))
+
+    def blocks(
+        self, rows: np.ndarray | None = None, size: int = 65_536
+    ) -> Iterator[Tensor]:
+        """The vectors (of `rows`, in their order) as float32 blocks of at most `size` rows."""
+        length = len(self) if rows is None else len(rows)
+        for start in range(0, length, size):
+            here = slice(start, start + size)
+            block = self.vectors[here if rows is None else rows[here]]
+            yield torch.from_numpy(np.array(block)).float()
+
+
+def create(
+    folder: Path, ids: np.ndarray, dim: int, block: int, about: dict[str, Any]
+) -> np.ndarray:
+    """Prepares a store to be filled; returns its block bitmap (1: already there).
+
+    A store of the same `about` goes on where it stopped; another one there is replaced. Space is
+    taken at once, so that a full disk is an error here and not a crash in the middle.
+    """
+    manifest = folder / "manifest.json"
+    facts = {**about, "rows": len(ids), "dim": dim, "block": block}
+    same = manifest.exists() and facts.items() <= files.read_json(manifest).items()
+    if not same:
+        for name in ("manifest.json", "done.npy", "ids.npy", "vectors.npy"):
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _allocate(folder / "vectors.npy", (len(ids), dim), np.float16)
+        _save(folder / "ids.npy", ids.astype("U16"))
+        _save(folder / "done.npy", np.zeros(-(-len(ids) // block), np.uint8))
+        unfinished = {"complete": False, "unreadable": [], "kit": kit.__version__}
+        files.write_json(manifest, facts | unfinished)
+    return np.load(folder / "done.npy", allow_pickle=False)
+
+
+def open_for_writing(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """vectors and done as writable maps; write a block, flush it, then set its mark."""
+    return tuple(
+        np.load(folder / name, mmap_mode="r+", allow_pickle=False)
+        for name in ("vectors.npy", "done.npy")
+    )
+
+
+def finish(folder: Path) -> Path:
+    """Marks a store complete and lists the images that could not be read: their rows are zero."""
+    if not np.load(folder / "done.npy", allow_pickle=False).all():
+        raise RuntimeError(
+            f"{folder}: blocks are missing; run 03_extract_features again"
+        )
+    ids = np.load(folder / "ids.npy", allow_pickle=False)
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    zero = [
+        str(name)
+        for start in range(0, len(ids), 65_536)
+        for name in ids[start : start + 65_536][
+            ~vectors[start : start + 65_536].any(axis=1)
+        ]
+    ]
+    manifest = files.read_json(folder / "manifest.json")
+    files.write_json(
+        folder / "manifest.json", manifest | {"complete": True, "unreadable": zero}
+    )
+    return folder
+
+
+def load(folder: Path) -> Features:
+    """The complete store in `folder`."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        raise FileNotFoundError(
+            f"no features in {folder}; run 03_extract_features first"
+        )
+    about = files.read_json(manifest)
+    if not about["complete"]:
+        raise ValueError(
+            f"{folder}: extraction has not finished; run 03_extract_features again"
+        )
+    ids = np.load(folder / "ids.npy", allow_pickle=False)
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    if vectors.shape != (about["rows"], about["dim"]) or len(ids) != about["rows"]:
+        raise ValueError(
+            f"{folder}: its files are not those that manifest.json describes"
+        )
+    return Features(ids, vectors, about)
+
+
+def expect(
+    features: Features, *, list_hash: str = "", model_hash: str = ""
+) -> Features:
+    """`features`, refused unless they are of this list and this model."""
+    for kind, wanted in (("list", list_hash), ("model", model_hash)):
+        found = features.manifest[kind]
+        if wanted and found["hash"] != wanted:
+            raise ValueError(
+                f"features of {kind} {found['name']}: hash {found['hash'][:12]} is not the "
+                f"expected {wanted[:12]}; extract them again"
+            )
+    return features
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _allocate(path: Path, shape: tuple[int, int], dtype: type) -> None:
+    """An .npy file of zeros with its blocks taken on disk: a sparse map on a full disk dies by SIGBUS."""
+    header = {
+        "descr": npy.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        npy.write_array_header_1_0(file, header)
+        file.flush()
+        if size:
+            try:
+                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"no room for {size / 1e9:.2f} GB of features ({error.strerror})",
+                    str(path),
+                ) from None

@@ -1,0 +1,355 @@
+"""Notebooks and parameters -> executed notebooks, in order; what is done is skipped."""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kit import __version__, files
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of a chain; its executed copy is FOLDER/<name>.ipynb."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()  # earlier steps whose results it reads
+    outputs: tuple[Path, ...] = ()  # must exist when it ends; under FOLDER/..
+
+
+@dataclass(frozen=True)
+class Status:
+    name: str
+    state: str  # done, stale (changed, or an output is gone), started, failed, missing
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+class StepError(RuntimeError):
+    """A step did not finish: one line with its name, the reason, the notebook."""
+
+
+def run(
+    steps: Sequence[Step],
+    folder: Path,
+    *,
+    force: Collection[str] = (),
+    start: str = "",
+) -> None:
+    """Runs, in order, the steps that are not done; all are checked before one starts.
+
+    A step is done when its marker, FOLDER/<name>.done.json, holds its fingerprint (code
+    cells, parameters, fingerprints of the steps in `after`) and its outputs exist. A
+    notebook that leaves early by `sys.exit(0)` is judged in the same way.
+
+    The steps in `force`, and `start` with every later one, lose their markers and
+    outputs before the first step runs, so a failure does not make the next run forget
+    them. A forced step does not drag the steps after it along; `start` does.
+    """
+    folder = folder.absolute()  # papermill changes the working directory
+    _check_chain(steps, folder)
+    forced = _forced([step.name for step in steps], force, start)
+    for step in steps:
+        _check_parameters(step)
+    with files.lock(folder):
+        for step in steps:
+            if step.name in forced:
+                _forget(step, folder)
+        fingerprints: dict[str, str] = {}
+        for step in steps:
+            fingerprints[step.name] = _fingerprint(step, fingerprints)
+            if _status(step, folder, fingerprints[step.name]).state == "done":
+                print(f"{step.name}: done already", flush=True)
+            else:
+                _run_step(step, folder, fingerprints[step.name])
+
+
+def status(steps: Sequence[Step], folder: Path) -> list[Status]:
+    """The state of every step, in order; reads only."""
+    folder = folder.absolute()
+    _check_chain(steps, folder)
+    fingerprints: dict[str, str] = {}
+    for step in steps:
+        fingerprints[step.name] = _fingerprint(step, fingerprints)
+    return [_status(step, folder, fingerprints[step.name]) for step in steps]
+
+
+def table(statuses: Sequence[Status]) -> str:
+    """One aligned line per step."""
+    rows = [("step", "state", "seconds", "peak MB")]
+    for each in statuses:
+        seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
+        rows.append((each.name, each.state, seconds, _megabytes(each.peak_bytes)))
+    name, state, seconds, peak = (
+        max(map(len, text)) for text in zip(*rows, strict=True)
+    )
+    return "\n".join(
+        f"{a:<{name}}  {b:<{state}}  {c:>{seconds}}  {d:>{peak}}" for a, b, c, d in rows
+    )
+
+
+class Peak:
+    """None until a child was seen, and always on systems without /proc."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(interval: float = 0.1) -> Iterator[Peak]:
+    """Watches the memory of all descendants of this process, itself not included.
+
+    RssAnon + RssShmem: a shared page counts once in every process that maps it.
+    """
+    peak, stop = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval):
+            peak.bytes = max(peak.bytes or 0, _descendants_memory()) or None
+
+    thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _check_chain(steps: Sequence[Step], folder: Path) -> None:
+    earlier: list[str] = []
+    for step in steps:
+        if not re.fullmatch(r"[\w-]+", step.name):
+            raise ValueError(f"step {step.name!r}: use letters, digits, _ and - only")
+        if step.name in earlier:
+            raise ValueError(f"{step.name}: two steps have this name")
+        for name in step.after:
+            if name not in earlier:
+                raise ValueError(
+                    f"{step.name}: comes after {name!r}, which is no earlier step "
+                    f"(earlier: {', '.join(earlier) or 'none'})"
+                )
+        if not step.notebook.is_file():
+            raise ValueError(f"{step.name}: there is no notebook {step.notebook}")
+        earlier.append(step.name)
+    # Outputs are removed when a step is forced, so a wrong path must not get through.
+    root = folder.parent.resolve()
+    if root == root.parent:
+        raise ValueError(f"{folder}: put it into a folder of its own, not into {root}")
+    kept = [folder, Path(__file__), *(step.notebook for step in steps)]
+    for step in steps:
+        for output in step.outputs:
+            if root not in output.resolve().parents:
+                raise ValueError(f"{step.name}: output {output} is not under {root}")
+            for path in kept:
+                if path.resolve().is_relative_to(output.resolve()):
+                    raise ValueError(f"{step.name}: output {output} holds {path}")
+
+
+def _forced(names: list[str], force: Collection[str], start: str) -> set[str]:
+    for name in [*force, *([start] if start else [])]:
+        if name not in names:
+            raise ValueError(f"no step {name!r}; the steps are {', '.join(names)}")
+    return {*force, *(names[names.index(start) :] if start else [])}
+
+
+def _check_parameters(step: Step) -> None:
+    """papermill only warns about unknown names, and makes text of tuples and paths."""
+    import papermill
+
+    try:
+        known = list(papermill.inspect_notebook(_literal(step.notebook)))
+    except ValueError as error:  # not JSON, or no language in the metadata
+        raise ValueError(f"{step.name}: {step.notebook}: {error}") from error
+    cells = files.read_json(step.notebook)["cells"]
+    tagged = sum("parameters" in cell["metadata"].get("tags", []) for cell in cells)
+    if tagged != 1:
+        raise ValueError(
+            f"{step.name}: {step.notebook} needs one cell tagged 'parameters', "
+            f"it has {tagged}"
+        )
+    for name, value in step.parameters.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ";"
+            raise ValueError(
+                f"{step.name}: unknown parameter {name!r}{hint} "
+                f"{step.notebook.name} knows {', '.join(known) or 'none'}"
+            )
+        if not _is_json(value):
+            raise ValueError(
+                f"{step.name}: parameter {name} = {value!r} is not plain JSON: "
+                "use text, numbers, true or false, null, lists and dicts of these"
+            )
+
+
+def _fingerprint(step: Step, fingerprints: dict[str, str]) -> str:
+    """Only code cells count: prose, ids and outputs cannot change a result."""
+    cells = files.read_json(step.notebook)["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    after = {name: fingerprints[name] for name in step.after}
+    return files.fingerprint([code, step.parameters, after])
+
+
+def _status(step: Step, folder: Path, fingerprint: str) -> Status:
+    marker = folder / f"{step.name}.done.json"
+    if not marker.exists():
+        for state, suffix in (("started", "running"), ("failed", "error")):
+            if (folder / f"{step.name}.{suffix}.ipynb").exists():
+                return Status(step.name, state)
+        return Status(step.name, "missing")
+    done = files.read_json(marker)
+    same = done["fingerprint"] == fingerprint
+    whole = same and all(output.exists() for output in step.outputs)
+    state = "done" if whole else "stale"
+    return Status(step.name, state, done["seconds"], done["peak_bytes"])
+
+
+def _forget(step: Step, folder: Path) -> None:
+    (folder / f"{step.name}.done.json").unlink(missing_ok=True)
+    for output in step.outputs:
+        if output.is_dir() and not output.is_symlink():
+            shutil.rmtree(output)
+        else:
+            output.unlink(missing_ok=True)
+
+
+def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
+    marker = folder / f"{step.name}.done.json"
+    running = folder / f"{step.name}.running.ipynb"
+    failed = folder / f"{step.name}.error.ipynb"
+    for path in (marker, running, failed):
+        path.unlink(missing_ok=True)
+    print(f"{step.name}: running {step.notebook}", flush=True)
+    began = time.monotonic()
+    try:
+        with peak_memory() as peak:
+            reason = _execute(step, running)
+        if not reason:
+            absent = [str(output) for output in step.outputs if not output.exists()]
+            reason = f"ended without writing {', '.join(absent)}" if absent else ""
+        seconds = time.monotonic() - began
+        used = f"{seconds:.1f} s, peak {_megabytes(peak.bytes)} MB"
+        if reason:
+            print(f"{step.name}: failed, {used}", flush=True)
+            raise StepError(f"{step.name}: {reason} (see {failed})")
+        with files.replacing(folder / f"{step.name}.ipynb") as whole:
+            running.replace(whole)
+    finally:
+        if running.exists():
+            running.replace(failed)
+    files.write_json(
+        marker,
+        {
+            "fingerprint": fingerprint,
+            "parameters": step.parameters,
+            "seconds": round(seconds, 3),
+            "peak_bytes": peak.bytes,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "kit": __version__,
+        },
+    )
+    print(f"{step.name}: done, {used}", flush=True)
+
+
+def _execute(step: Step, output: Path) -> str:
+    """Why the notebook failed, in one line; empty when it did not."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    notebook = step.notebook.absolute()
+    try:
+        with _repository_on_pythonpath():
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(output),
+                step.parameters,
+                kernel_name="python3",
+                cwd=str(notebook.parent),
+                progress_bar=False,
+                log_output=False,
+                stdout_file=sys.stdout,  # live
+                stderr_file=sys.stderr,
+                start_timeout=300,
+                autosave_cell_every=30,
+                coalesce_streams=True,  # a progress bar is one output
+                iopub_timeout=120,
+                extra_arguments=["--log-level=ERROR"],  # else: "loopback unencrypted"
+            )
+    except papermill.PapermillExecutionError as error:
+        return " ".join(f"{error.ename}: {error.evalue}".split())[:1000]
+    except DeadKernelError:
+        return "the kernel was killed (out of memory?)"
+    except (RuntimeError, TimeoutError) as error:  # no kernel came up, or it went mute
+        return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    return ""
+
+
+@contextmanager
+def _repository_on_pythonpath() -> Iterator[None]:
+    """Notebooks import this `kit`, from wherever they lie."""
+    before = os.environ.get("PYTHONPATH")
+    root = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, before] if before else [root])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _literal(path: Path) -> str:
+    """papermill fills `{name}` in paths with parameters; doubled braces stay braces."""
+    return str(path.absolute()).replace("{", "{{").replace("}", "}}")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
+def _descendants_memory() -> int:
+    total, waiting = 0, _children(os.getpid())
+    while waiting:
+        pid = waiting.pop()
+        for line in _read(f"/proc/{pid}/status").splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += 1024 * int(line.split()[1])
+        waiting += _children(pid)
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    texts = (_read(f"/proc/{pid}/task/{thread}/children") for thread in threads)
+    return [int(child) for text in texts for child in text.split()]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:  # the process is gone
+        return ""
+
+
+def _megabytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 1e6:.0f}"

@@ -1,0 +1,100 @@
+"""The page of one run: counts, loss curves, gains, and the best and worst queries as pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kit.answers.metrics import Score
+from kit.data import images, lists
+from kit.data.sources import read_solution
+from kit.report.page import Example, Section, collage, curves, gain_chart, page, table
+from kit.training import checkpoints
+
+SHOWN = 6  # queries of each kind
+RESULTS = 8  # index images a query
+
+
+def write(
+    path: Path,
+    score: Score,
+    rankings: Mapping[str, np.ndarray],  # query id -> index ids, best first
+    *,
+    lists_folder: Path,
+    shown: tuple[lists.ImageList, lists.ImageList],  # queries and searched index
+    runs: Path,
+    gains: Sequence[tuple[str, float, float, str]],
+    warning: str = "",
+) -> Path:
+    """One self-contained HTML page; everything on it was computed before."""
+    names, public, private, _ = zip(*gains, strict=True)
+    counts = lists.describe(lists_folder)
+    logs = {
+        folder.parent.name: checkpoints.read_log(folder.parent)
+        for folder in sorted(
+            runs.glob("*/log.csv"), key=lambda log: log.stat().st_mtime
+        )
+    }
+    worst = score.queries.sort_values(["ap", "id"], kind="stable")
+    sections = [
+        Section(
+            "Gains",
+            "mAP@100 after each step. Weights were chosen on the public half; the private half "
+            "only reports. Steps in brackets are for comparison and lead nowhere.",
+            gain_chart(names, public, private)
+            + table(("step", "public", "private", "note"), gains, [len(gains) - 2]),
+        ),
+        Section(
+            "Training",
+            "Loss of each stage by epoch.",
+            curves(
+                {name: (log["epoch"], log["loss"]) for name, log in logs.items()},
+                "epoch",
+                "loss",
+            ),
+        ),
+        Section(
+            "Image lists",
+            "Rows of every list, and what was dropped on the way to it.",
+            table(list(counts.columns), counts.to_numpy().tolist()),
+        ),
+        Section(
+            "Worst queries",
+            "Lowest average precision first.",
+            _collage(worst.head(SHOWN), rankings, shown, lists_folder),
+        ),
+        Section(
+            "Best queries",
+            "Highest average precision first.",
+            _collage(worst.tail(SHOWN)[::-1], rankings, shown, lists_folder),
+        ),
+    ]
+    lead = (
+        f"{score}{warning}. {len(score.queries)} queries, {len(shown[1])} index images."
+    )
+    return page(path, "Landmark retrieval", lead, sections)
+
+
+def _collage(queries, rankings, shown, lists_folder) -> str:
+    solution = read_solution(lists_folder / "solution.csv").set_index("id")["images"]
+    places = [
+        dict(zip(each.rows["id"], each.rows["path"], strict=True)) for each in shown
+    ]
+    examples = []
+    for query in queries.itertuples():
+        results = [image for image in rankings[query.id][:RESULTS].tolist() if image]
+        positives = set(solution[query.id].split())
+        examples.append(
+            Example(
+                caption=f"{query.id} · {query.usage} · AP {query.ap:.4f} · "
+                f"{query.positives} positives",
+                query=images.thumbnail(shown[0].root / places[0][query.id]),
+                results=[
+                    images.thumbnail(shown[1].root / places[1][image])
+                    for image in results
+                ],
+                hits=[image in positives for image in results],
+                labels=[f"{place}" for place in range(1, len(results) + 1)],
+            )
+        )
+    return collage(examples)

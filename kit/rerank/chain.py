@@ -1,0 +1,38 @@
+"""chain.json: which models answer, with what weight, and how their scores are reranked."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kit import files
+from kit.rerank.landmark_country import PUBLISHED, Weights
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a tuning notebook decides and a submission follows."""
+
+    models: dict[str, float]  # folder of features -> weight of its scores in the sum
+    votes: int = 3  # references that vote for a query's landmark and country
+    weights: Weights = PUBLISHED
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("a chain needs at least one model")
+        negative = min(
+            [*self.models.values(), self.weights.landmark, self.weights.country]
+        )
+        if negative < 0:
+            raise ValueError(
+                f"a weight of the chain is {negative}; weights are not negative"
+            )
+
+
+def save(chain: Chain, path: Path) -> Path:
+    return files.write_json(path, asdict(chain))
+
+
+def load(path: Path) -> Chain:
+    if not path.exists():
+        raise FileNotFoundError(f"no chain {path}; run 04_tune_rerank first")
+    values = files.read_json(path)
+    return Chain(**{**values, "weights": Weights(**values["weights"])})

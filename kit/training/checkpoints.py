@@ -1,0 +1,128 @@
+"""What a stage leaves behind: weights, classifier, stage.json, log.csv, and how to go on.
+
+runs/<recipe>/<stage>/model.safetensors, model.json   the network (kit.models.net)
+                      head.safetensors                the classifier, for the next stage
+                      stage.json                      what made them; written last
+                      log.csv                         loss and learning rate by step
+                      resume/state.pt                 while the stage is unfinished
+"""
+
+import csv
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import kit
+from kit import files
+from kit.models import net as nets
+from kit.models.weights import load_strictly
+
+LOG = ("step", "epoch", "loss", "lr", "images_per_second")
+
+
+def finished(folder: Path, config: str) -> bool:
+    """Whether `folder` holds the whole result of the stage with this fingerprint."""
+    about = folder / "stage.json"
+    return about.exists() and files.read_json(about)["fingerprint"] == config
+
+
+def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:
+    """Everything needed to go on: modules, optimizer, scaler, step, log; replaces the last one."""
+    with files.replacing(folder / "resume" / "state.pt") as temporary:
+        torch.save({"fingerprint": config, **state}, temporary)
+
+
+def load_state(folder: Path, config: str) -> dict[str, Any] | None:
+    """The last saved state of the stage with this fingerprint, or None."""
+    path = folder / "resume" / "state.pt"
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state if state["fingerprint"] == config else None
+
+
+def clear(folder: Path) -> None:
+    """Removes an earlier result of another configuration; stage.json first, it makes it valid."""
+    for name in (
+        "stage.json",
+        "model.json",
+        "model.safetensors",
+        "head.safetensors",
+        "log.csv",
+    ):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "resume", ignore_errors=True)
+
+
+def save_result(
+    folder: Path,
+    network: nets.EmbeddingNet,
+    head: nn.Module,
+    about: Mapping[str, Any],
+    seen: dict[str, str],
+) -> Path:
+    """Writes the stage's result, stage.json last, and removes the resume state."""
+    nets.save(network, folder, seen)
+    weights = {
+        key: value.detach().contiguous() for key, value in head.state_dict().items()
+    }
+    with files.replacing(folder / "head.safetensors") as temporary:
+        save_file(weights, temporary)
+    files.write_json(folder / "stage.json", {**about, "kit": kit.__version__})
+    shutil.rmtree(folder / "resume", ignore_errors=True)
+    return folder
+
+
+def hand_over(
+    folder: Path, network: nets.EmbeddingNet, head: nn.Module
+) -> dict[str, str]:
+    """Loads the stage saved in `folder` into a network and a classifier; returns what it saw.
+
+    Strict, but for the classifier's rows: it may grow, and since clean landmarks come first the
+    learned rows keep their places.
+    """
+    about = nets.describe(folder)
+    if not (folder / "stage.json").exists():
+        raise FileNotFoundError(
+            f"{folder}: the stage is not finished; run it to its end first"
+        )
+    weights = load_file(folder / "model.safetensors")
+    load_strictly(network, weights, folder / "model.safetensors")
+    source = folder / "head.safetensors"
+    load_strictly(head, grown(load_file(source), head.state_dict(), source), source)
+    return about["seen"]
+
+
+def grown(
+    old: Mapping[str, Tensor], own: Mapping[str, Tensor], source: object
+) -> dict[str, Tensor]:
+    """The old classifier's rows on top of our own; refuses to shrink."""
+    weights = dict(old)
+    rows, mine = old["weight"], own["weight"].detach().clone()
+    if len(rows) > len(mine):
+        raise ValueError(f"{source}: {len(rows)} classes do not fit in {len(mine)}")
+    if rows.shape[1:] == mine.shape[1:]:
+        mine[: len(rows)] = rows
+        weights["weight"] = mine
+    return weights
+
+
+def write_log(folder: Path, rows: Sequence[Sequence[float]]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(LOG)
+    table.writerows(rows)
+    files.write_text(folder / "log.csv", text.getvalue())
+
+
+def read_log(folder: Path) -> dict[str, list[float]]:
+    """Columns of LOG."""
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in LOG}

@@ -1,0 +1,16 @@
+# Sourced by demo.sh and test.sh: a virtual environment in .venv with requirements.txt and kit.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+base=${PYTHON:-python3}
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$("$base" --version 2>&1) is too old: set PYTHON to a Python 3.11 or newer" >&2
+    exit 1
+}
+wanted=$(cat requirements.txt pyproject.toml | sha256sum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    echo "installing requirements.txt into .venv (a few minutes, several GB with CUDA)"
+    "$base" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # so that Jupyter in notebooks/ finds kit, with no other dependency than those above
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    echo "$wanted" >.venv/installed
+fi
