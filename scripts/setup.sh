@@ -11,6 +11,6 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     "$base" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     # so that Jupyter in notebooks/ finds kit, with no other dependency than those above
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     echo "$wanted" >.venv/installed
 fi

@@ -81,7 +81,7 @@ def tag(
     rows: (R,) rows of `reference` that vote, one a (reference image, landmark) pair; landmarks and
     countries: (R,) their integer tags, -1 for none.
     """
-    landmark, country = torch.from_numpy(landmarks), torch.from_numpy(countries)
+    landmark, country = torch.tensor(landmarks), torch.tensor(countries)
     near = [
         search.knn(block, reference.blocks(rows), votes)
         for block in query.blocks(size=QUERIES)

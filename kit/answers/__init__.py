@@ -1,0 +1,1 @@
+"""Features -> ranking -> submission.csv, and what it scores."""

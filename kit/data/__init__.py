@@ -1,0 +1,1 @@
+"""GLDv2 and other sets -> image lists, pixels and the order in which training meets them."""

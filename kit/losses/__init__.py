@@ -1,0 +1,1 @@
+"""Margins on cosines, and the classifiers that use them."""

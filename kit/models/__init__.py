@@ -1,0 +1,1 @@
+"""Backbone, pool and neck: images -> embeddings; networks save and load themselves."""

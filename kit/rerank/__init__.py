@@ -1,0 +1,1 @@
+"""Pure functions on tensors that turn neighbours and tags into better scores."""

@@ -1,0 +1,1 @@
+"""Image lists -> checkpoints, stage by stage."""
