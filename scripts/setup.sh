@@ -1,5 +1,7 @@
-# Sourced by demo.sh and test.sh: a virtual environment in .venv with requirements.txt and kit.
+# Sourced by the other shell scripts: a virtual environment in .venv with requirements.txt and kit.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# real photos for tests, packages/ and landmarks/ in GLDv2's layout; without them tests skip
+export LANDMARK_DATA=${LANDMARK_DATA:-../shared/data}
 base=${PYTHON:-python3}
 "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "$("$base" --version 2>&1) is too old: set PYTHON to a Python 3.11 or newer" >&2

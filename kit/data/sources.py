@@ -291,8 +291,10 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     )
     labels, names = pd.factorize(train["label"])
     groups = train.drop_duplicates("label")["group"].to_numpy(dtype=object)
-    positives = index.groupby("label")["id"].agg(" ".join)
-    answers = query["label"].map(positives).fillna("")
+    positives = {label: " ".join(ids) for label, ids in index.groupby("label")["id"]}
+    answers = np.array(
+        [positives.get(label, "") for label in query["label"]], dtype=object
+    )
     usage = np.where(np.arange(len(query)) % 3 == 0, "Public", "Private")
     solution = pd.DataFrame(
         {

@@ -146,7 +146,9 @@ def _fill(job: Job, paths: np.ndarray, rank: launch.Rank) -> None:
             found = embed(
                 net, images.to(rank.device, non_blocking=True), job.scales, job.flip
             )
-        vectors[batch.start : batch.stop] = found.cpu().numpy() * readable.numpy()[:, None]
+        vectors[batch.start : batch.stop] = (
+            found.cpu().numpy() * readable.numpy()[:, None]
+        )
         written += len(batch)
         if batch.stop % BLOCK == 0 or batch.stop == len(paths):
             vectors.flush()  # the mark must not reach the disk before its block
