@@ -270,7 +270,7 @@ def _execute(step: Step, output: Path) -> str:
 
     notebook = step.notebook.absolute()
     try:
-        with _repository_on_pythonpath():
+        with _kernel_environment():
             papermill.execute_notebook(
                 _literal(notebook),
                 _literal(output),
@@ -297,18 +297,24 @@ def _execute(step: Step, output: Path) -> str:
 
 
 @contextmanager
-def _repository_on_pythonpath() -> Iterator[None]:
-    """Notebooks import this `kit`, from wherever they lie."""
-    before = os.environ.get("PYTHONPATH")
+def _kernel_environment() -> Iterator[None]:
+    """Notebooks import this `kit`, and without a word about missing Jupyter widgets."""
     root = str(Path(__file__).resolve().parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, before] if before else [root])
+    added = {
+        "PYTHONPATH": (root, os.pathsep),
+        "PYTHONWARNINGS": ("ignore:IProgress not found", ","),
+    }
+    before = {name: os.environ.get(name) for name in added}
+    for name, (value, between) in added.items():
+        os.environ[name] = between.join(filter(None, [value, before[name]]))
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _literal(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kit.pipeline import Step
 from kit.training import recipes
-from kit.training.stage import Stage
+from kit.training.stage import Stage, change
 
 QUERY, INDEX = "query", "index"
 HOLDOUT = "index_train_holdout"  # what votes for an offline number
@@ -64,8 +64,8 @@ class Run:
 def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
     """Lists, every stage, features of all of them, tuning, submission."""
     recipe = recipes.get(run.recipe)
-    for name in run.overrides:
-        recipe.stage(name)  # refuses a stage that the recipe lacks
+    for name, fields in run.overrides.items():  # refused here, before anything runs
+        change(recipe.stage(name), **fields)
     lists = Step(
         "00_image_lists",
         notebooks / "00_image_lists.ipynb",

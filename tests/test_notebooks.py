@@ -105,8 +105,8 @@ def test_the_submission_answers_every_query_with_index_images(tiny):
 
 def test_the_printed_score_is_the_submission_s_own(tiny):
     score = metrics.evaluate_file(tiny.submission, tiny.lists / "solution.csv")
-    steps_by_name = {row[0]: row for row in metrics.read_gains(tiny.gains)}
-    _, public, private, _ = steps_by_name["rerank + fusion"]
+    taken = [row for row in metrics.read_gains(tiny.gains) if row[0][0] != "("]
+    _, public, private, _ = taken[-1]
     assert score.public == pytest.approx(public, abs=1e-6)
     assert score.private == pytest.approx(private, abs=1e-6)
     assert f"{score.private:.4f}" in tiny.report.read_text()

@@ -27,6 +27,9 @@ class Weights:
     landmark: float = 1.0
     country: float = 0.1
 
+    def __str__(self) -> str:
+        return f"landmark {self.landmark:g}, country {self.country:g}"
+
 
 PUBLISHED = Weights(1.0, 0.1)
 NONE = Weights(0.0, 0.0)

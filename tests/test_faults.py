@@ -1,0 +1,146 @@
+"""What a killed run, a full disk and bad input leave behind: nothing lost, nothing half-written."""
+
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kit import files
+from kit.data import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = [sys.executable, str(ROOT / "scripts" / "run_pipeline.py")]
+TINY = [
+    *("--workers", "1", "--save-every", "2"),
+    *("--set", "clean.size=48", "--set", "clean.epochs=1", "--set", "clean.batch=8"),
+    *("--set", "c2x.size=64", "--set", "c2x.epochs=1", "--set", "c2x.batch=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "data"
+    return toy.render(folder, toy.ToyConfig(landmarks=8, images=80, side=64))
+
+
+def command(data: Path, work: Path, *more: str) -> list[str]:
+    return [*RUN, "--data", str(data), "--work", str(work), *TINY, *more]
+
+
+def run(*given: object, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*given), capture_output=True, text=True, check=False, **more
+    )
+
+
+def results(work: Path) -> dict[str, str]:
+    names = ["submission.csv", "chain.json", "gains.csv"]
+    names += [f"runs/toy/{stage}/model.safetensors" for stage in ("clean", "c2x")]
+    names += [f"features/toy/c2x/{name}/vectors.npy" for name in ("query", "index")]
+    return {name: files.sha256(work / name) for name in names}
+
+
+def ours(marker: str) -> list[int]:
+    """Processes that mention this run's work folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker in (folder / "cmdline").read_text() + os.readlink(folder / "cwd"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_anywhere_ends_with_the_same_bits(data, tmp_path):
+    seed = int(os.environ.get("KIT_TEST_SEED", time.time_ns() % 2**32))
+    print(f"KIT_TEST_SEED={seed}")
+    rng = random.Random(seed)
+    done = run(data, tmp_path / "whole")
+    assert done.stdout.splitlines()[-1].startswith("private mAP@100 0.")
+    killed = command(data, tmp_path / "killed")
+    for _ in range(6):
+        process = subprocess.Popen(
+            killed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(rng.uniform(5, 25))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    done = run(data, tmp_path / "killed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    time.sleep(5)
+    assert not ours(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "toi"], "recipe 'toi' is not one of toy"),
+        (
+            ["--from", "06_publish"],
+            "no step '06_publish'; the steps are 00_image_lists",
+        ),
+        (["--force", "clean"], "no step 'clean'"),
+        (
+            ["--set", "cleen.epochs=1"],
+            "recipe toy has no stage 'cleen'; stages: clean, c2x",
+        ),
+        (["--set", "clean.epochs=one"], "write STAGE.FIELD=VALUE"),
+        (["--set", "clean.epoch=1"], "no field 'epoch'; fields:"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line_and_starts_nothing(
+    data, tmp_path, more, message
+):
+    done = run(data, tmp_path / "work", *more)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "work" / "lists").exists()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda d: (d / "train/train_clean.csv").unlink(),
+            "train_clean.csv: no such file",
+        ),
+        (lambda d: (d / "index/index.csv").write_text("name\nx\n"), "no column id"),
+        (lambda d: (d / "test/test.csv").write_text("id\n"), "test.csv: no rows"),
+        (lambda d: (d / "train").rename(d / "training"), "no list clean"),
+        (lambda d: (d / "index").rename(d / "indices"), "no list"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_data_stops_the_step_with_one_clear_line(data, tmp_path, break_it, message):
+    subprocess.run(["cp", "-r", data, tmp_path / "data"], check=True)
+    break_it(tmp_path / "data")
+    done = run(tmp_path / "data", tmp_path / "work")
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / "work").rglob("*.part"))
+    assert not (tmp_path / "work" / "submission.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(data, tmp_path):
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = run(data, tmp_path / "work", preexec_fn=small_files)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / "work").rglob("*.part"))
+    assert not list((tmp_path / "work").rglob("stage.json"))
+    again = run(data, tmp_path / "work")
+    assert again.returncode == 0, again.stdout + again.stderr
