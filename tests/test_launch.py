@@ -1,0 +1,286 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kit.launch import Rank, RankError, entry, group, launch
+
+ROOT = Path(__file__).parents[1]
+
+WORKER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+import torch
+
+from kit.launch import entry, group
+
+
+@entry
+def main(arguments=None):
+    folder, task, *rest = sys.argv[1:] if arguments is None else arguments
+    folder = Path(folder)
+    with group() as rank:
+        last = rank.rank == rank.world - 1
+        if task == "sum":
+            total = torch.tensor([float(rank.rank + 1)])
+            if rank.world > 1:
+                torch.distributed.all_reduce(total)
+            print("sum", int(total), "of", rank.world, rest, flush=True)
+            (folder / f"{rank.rank}").write_text(f"{rank.local} {os.getpid()}")
+            return
+        (folder / f"{rank.rank}.{os.getpid()}").touch()
+        (folder / f"agent{rank.rank}.{os.getppid()}").touch()
+        if task == "raise" and last:
+            raise ValueError("no such\\nlabel")
+        if task == "kill" and last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "raise once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise ValueError("the first time")
+        if task == "stick" and last:
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            raise ValueError("but one thread goes on")
+        while task == "linger" and rank.main:
+            print("still here", flush=True)
+            time.sleep(0.1)
+        torch.distributed.barrier()  # breaks when another rank is gone
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Folder for what ranks leave; modules `worker` and `broken` can be launched."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "broken.py").write_text("import a_module_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the ranks are on the CPU
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    yield tmp_path
+    sys.modules.pop("worker", None)
+
+
+def test_importing_launch_does_not_import_torch():
+    code = "import sys, kit.launch; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_one_process_runs_in_this_process(worker, capsys):
+    launch("worker", [str(worker), "sum"], processes=1, logs=worker / "logs")
+    assert capsys.readouterr().out == "sum 1 of 1 []\n"
+    assert (worker / "0").read_text() == f"0 {os.getpid()}"
+
+
+def test_one_process_ignores_a_rank_that_its_caller_inherited(worker, monkeypatch):
+    outer = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_PORT": "1"}
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    launch("worker", [str(worker), "sum"], processes=1, logs=worker / "logs")
+    assert (worker / "0").exists()
+    assert {name: os.environ[name] for name in outer} == outer
+
+
+def test_without_torchrun_a_group_is_one_rank_and_errors_pass_through():
+    @entry
+    def main(arguments=None):
+        with group() as rank:
+            assert rank == Rank(0, 1, 0, rank.device) and rank.main
+            raise KeyError(*arguments)
+
+    with pytest.raises(KeyError, match="as it is"):
+        main(["as it is"])
+
+
+def test_ranks_see_each_other_and_rank_0_prints_once(worker, capsys, monkeypatch):
+    for name in ("RANK", "PET_NNODES", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"):
+        monkeypatch.setenv(name, "7")  # what an outer torchrun said does not count
+    odd = ["--x=1", "a b", "$$ ${local_rank}", ""]
+    launch("worker", [str(worker), "sum", *odd], processes=2, logs=worker / "logs")
+    assert capsys.readouterr().out == f"sum 3 of 2 {odd}\n"
+    assert [(worker / name).read_text().split()[0] for name in "01"] == ["0", "1"]
+
+
+def test_the_root_cause_is_the_rank_that_raised(worker, capsys):
+    with pytest.raises(RankError) as error:
+        launch("worker", [str(worker), "raise"], processes=2, logs=worker / "logs")
+    message = str(error.value)
+    assert message.startswith("rank 1: ValueError: no such label; its log is ")
+    assert "raise ValueError" in Path(message.split("its log is ")[1]).read_text()
+    assert "Traceback" not in capsys.readouterr().out  # rank 0's is only a consequence
+
+
+def test_a_killed_rank_is_named_and_not_the_error_of_an_earlier_run(worker):
+    stale = worker / "logs" / "earlier" / "run" / "attempt_0" / "1" / "error.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"message": {"message": "stale", "extraInfo": {"timestamp": 1}}}')
+    (worker / "logs" / "earlier" / "cause.txt").write_text("stale")
+    with pytest.raises(RankError, match="^rank 1 was killed by SIGKILL") as error:
+        launch("worker", [str(worker), "kill"], processes=2, logs=worker / "logs")
+    assert "stale" not in str(error.value)
+    assert_all_end(processes(worker))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"processes": 0}, "processes is 0; it must be at least 1"),
+        (
+            {"module": "no_such_module"},
+            "no_such_module cannot be launched: there is no",
+        ),
+        ({"module": "no_such.module"}, "no_such.module cannot be launched: No module"),
+        ({"node_rank": 1}, "node_rank 1 is not one of 1 nodes"),
+        ({"nodes": 2}, "2 nodes need rendezvous='host:port' of node 0, not ''"),
+        ({"nodes": 2, "rendezvous": "a:1", "max_restarts": 1}, "needs nodes=1"),
+        ({"processes": 3}, "3 processes do not fit on 2 CUDA devices"),
+    ],
+)
+def test_what_cannot_run_is_refused(change, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    wanted = {"module": "kit.files", "arguments": [], "processes": 1} | change
+    with pytest.raises(ValueError, match=words):
+        launch(**wanted, logs=tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_an_error_before_main_is_quoted_from_the_log(worker):
+    with pytest.raises(RankError, match="exited with code 1: ModuleNotFoundError: No"):
+        launch("broken", [], processes=2, logs=worker / "logs")
+
+
+@pytest.mark.slow
+def test_an_error_of_torchrun_itself_is_quoted(worker):
+    options = {"processes": 1, "nodes": 2, "rendezvous": "127.0.0.1:99999"}
+    with pytest.raises(RankError, match="torchrun exited with code 1: .*port"):
+        launch("worker", [], logs=worker / "logs", **options)
+
+
+@pytest.mark.slow
+def test_a_failed_rank_that_cannot_leave_is_ended_within_a_minute(worker):
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 1: ValueError: but one thread goes on"):
+        launch("worker", [str(worker), "stick"], processes=2, logs=worker / "logs")
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_ranks_are_restarted(worker):
+    options = {"processes": 2, "max_restarts": 1, "logs": worker / "logs"}
+    launch("worker", [str(worker), "raise once"], **options)
+    assert len(list(worker.glob("[01].*"))) == 4
+
+
+@pytest.mark.slow
+def test_launches_do_not_collide(worker):
+    def one(name):
+        (worker / name).mkdir()
+        arguments = [str(worker / name), "sum"]
+        launch("worker", arguments, processes=2, logs=worker / "logs")
+        return (worker / name / "1").exists()
+
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(one, ["a", "b"]))
+
+
+@pytest.mark.slow
+def test_two_nodes_form_one_group_with_rank_0_on_node_0(worker, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        rendezvous = f"127.0.0.1:{server.getsockname()[1]}"
+
+    def one(node):
+        (worker / f"node{node}").mkdir()
+        launch(
+            "worker",
+            [str(worker / f"node{node}"), "sum"],
+            processes=2,
+            nodes=2,
+            node_rank=node,
+            rendezvous=rendezvous,
+            logs=worker / "logs",
+        )
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, [1, 0]))
+    assert capsys.readouterr().out == "sum 10 of 4 []\n" * 2  # one line from each node
+    ranks = sorted(path.relative_to(worker) for path in worker.glob("node*/*"))
+    assert [str(path) for path in ranks] == ["node0/0", "node0/1", "node1/2", "node1/3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_ending_the_launcher_leaves_no_process_behind(worker, name):
+    launcher = start_lingering(worker)
+    launcher.send_signal(signal.Signals[name])
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == -signal.Signals[name]
+    assert ("KeyboardInterrupt" in said) == (name == "SIGINT")
+    assert_all_end(processes(worker))
+
+
+@pytest.mark.slow
+def test_killing_torchrun_leaves_no_rank_behind(worker):
+    launcher = start_lingering(worker)
+    pids = processes(worker)
+    os.kill(pids.agent, signal.SIGKILL)
+    assert "RankError: torchrun was killed by SIGKILL" in launcher.communicate()[1]
+    assert_all_end(pids)
+
+
+def start_lingering(worker):
+    """A process that launches two ranks: one prints forever, one waits for it."""
+    code = (
+        "from pathlib import Path; from kit.launch import launch;"
+        f"launch('worker', [{str(worker)!r}, 'linger'], processes=2, logs=Path('logs'))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{worker}"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=worker,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout.readline() == "still here\n"  # while the ranks are running
+    give_up = time.monotonic() + 60
+    while len(list(worker.glob("agent*"))) < 2:
+        assert launcher.poll() is None and time.monotonic() < give_up
+        time.sleep(0.1)
+    return launcher
+
+
+def processes(worker):
+    """Process ids that the ranks wrote down: their own, and their torchrun's."""
+    ranks = [int(path.suffix[1:]) for path in worker.glob("[01].*")]
+    agents = {int(path.suffix[1:]) for path in worker.glob("agent*")}
+    assert len(ranks) == 2 and len(agents) == 1
+    return SimpleNamespace(ranks=ranks, agent=agents.pop())
+
+
+def assert_all_end(pids, patience=40.0):
+    alive = {*pids.ranks, pids.agent}
+    give_up = time.monotonic() + patience
+    while alive and time.monotonic() < give_up:
+        alive = {pid for pid in alive if is_running(pid)}
+        time.sleep(0.1)
+    assert not alive
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, and its parent did not look yet
