@@ -30,9 +30,7 @@ class InputSpec:
     """How pixels become a network's input."""
 
     size: int = 224  # side of the square, pixels
-    resize: str = (
-        "squash"  # whole image, aspect lost; "crop": centre square of the short side
-    )
+    resize: str = "squash"  # whole image, aspect lost; "crop": its central square
     colour: str = "rgb"  # order of the channels, or "bgr"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -59,18 +57,10 @@ class Augment:
     """Random changes of a training image; every default but the flip is off."""
 
     flip: float = 0.5  # probability of mirroring left and right
-    crop: float = (
-        1.0  # smallest share of the area a random crop keeps, aspect within 3/4..4/3
-    )
-    pad: int = (
-        0  # zeros added on each side before a random crop back to size, pixels (2021)
-    )
-    jitter: float = (
-        0.0  # largest change of brightness, contrast and saturation, as a share
-    )
-    erase: float = (
-        0.0  # probability of painting a rectangle of 2..20 % in the mean colour (2021)
-    )
+    crop: float = 1.0  # smallest share of the area that a random crop keeps
+    pad: int = 0  # zeros on each side before a random crop, pixels (2021)
+    jitter: float = 0.0  # largest change of brightness, contrast, saturation
+    erase: float = 0.0  # probability of a blank rectangle of 2..20 % (2021)
 
 
 # --- files --------------------------------------------------------------------------------------

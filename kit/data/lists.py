@@ -11,7 +11,7 @@ Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,8 +272,11 @@ def _write(
     return len(rows)
 
 
-def load(folder: Path, name: str) -> ImageList:
-    """The list `name` of `folder`; refuses one that its JSON does not describe."""
+def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> ImageList:
+    """The list `name` of `folder`, or some columns; refuses what its JSON does not describe.
+
+    Millions of rows weigh gigabytes in text columns: ranks load those they need.
+    """
     path = folder / f"{name}.csv"
     if not path.exists() or not path.with_suffix(".json").exists():
         there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
@@ -285,7 +288,9 @@ def load(folder: Path, name: str) -> ImageList:
         raise ValueError(
             f"{path} is not the file that {name}.json describes; build it again"
         )
-    rows = pd.read_csv(path, dtype=COLUMNS, keep_default_na=False)
+    rows = pd.read_csv(
+        path, dtype=COLUMNS, keep_default_na=False, usecols=list(columns)
+    )
     return ImageList(name, rows, Path(about["root"]), about["hash"])
 
 

@@ -92,7 +92,7 @@ def embed(
 def run(job: Job) -> Path:
     """Fills the store block by block, each rank its share; what is already there is kept."""
     with launch.group() as rank:
-        images = lists.load(job.lists, job.images)
+        images = lists.load(job.lists, job.images, ("id", "path"))
         about = nets.describe(job.model)
         first = ~images.rows["id"].duplicated().to_numpy()
         ids, paths = images.ids[first], images.rows["path"].to_numpy()[first]

@@ -25,14 +25,10 @@ class NetConfig:
     """Everything that rebuilds a network before its weights are loaded."""
 
     backbone: str = "resnet50"  # a name that timm knows
-    pretrained: str = (
-        ""  # "timm" (its hub), "lite0" (the package), a file; "": random weights
-    )
+    pretrained: str = ""  # "timm" (its hub), "lite0" (the package), a file; "": none
     pool_p: float = 3.0  # power of GeM
     pool_trainable: bool = False
-    neck: str = (
-        "bn"  # linear layer, then batch norm (2021); "none": the pooled features
-    )
+    neck: str = "bn"  # linear layer, then batch norm (2021); "none": as pooled
     dim: int = 512  # of the embedding; without a neck the backbone decides
     neck_bias: bool = False  # of the linear layer; the batch norm's is frozen at zero
     input: InputSpec = field(default_factory=InputSpec)

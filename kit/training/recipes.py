@@ -6,9 +6,7 @@ from kit.data.images import Augment, InputSpec
 from kit.models.net import NetConfig
 from kit.training.stage import Stage
 
-UNTRAINED = (
-    "untrained"  # no stage: the pretrained backbone with its pooling and no neck
-)
+UNTRAINED = "untrained"  # no stage: the pretrained backbone, pooled, no neck
 
 
 @dataclass(frozen=True)

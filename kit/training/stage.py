@@ -36,14 +36,13 @@ class Stage:
     """Everything that decides the weights one training stage produces."""
 
     name: str
-    images: str  # image list: clean, c2x, full, all_holdout ...; rows without a label are left out
-    size: int  # side of the square input, pixels
+    images: str  # image list: clean, c2x, ...; rows without a label are left out
+    size: int  # side of the square input while training, pixels
     epochs: int
     batch: int  # images a step, over all processes
     lr: float  # peak of the cosine
-    init: str = (
-        ""  # the earlier stage to go on from; "": the network's pretrained weights
-    )
+    eval_size: int = 0  # at extraction, 0: as trained; crops enlarge (FixRes, 2019)
+    init: str = ""  # the earlier stage; "": the network's pretrained weights
     warmup: float = 0.0  # epochs
     optimizer: str = "sgd"  # with momentum 0.9, or "adamw"
     weight_decay: float = 5e-4  # none on norms and biases
@@ -158,7 +157,7 @@ def run(job: Job) -> Path:
     for the same number of processes and threads.
     """
     with launch.group() as rank:
-        images = lists.load(job.lists, job.stage.images)
+        images = lists.load(job.lists, job.stage.images, ("id", "path", "label"))
         earlier = (
             nets.describe(job.runs / job.stage.init)["hash"] if job.stage.init else ""
         )
@@ -189,15 +188,16 @@ class _Training:
     ) -> None:
         self.job, self.config, self.rank, stage = job, config, rank, job.stage
         rows = images.rows[images.rows["label"] >= 0]
-        self.images, self.left_out = images, len(images) - len(rows)
+        self.list = {"name": images.name, "hash": images.hash}
+        self.left_out = len(images) - len(rows)
         if rows.empty:
             raise ValueError(f"list {images.name} has no row with a label to train on")
-        self.ids = rows["id"].to_numpy()
+        self.ids = rows["id"].to_numpy().astype("S16")
         classes = int(rows["label"].max()) + 1
         torch.manual_seed(stage.seed)
-        net_config = dataclasses.replace(
-            job.net, input=dataclasses.replace(job.net.input, size=stage.size)
-        )
+        shown = dataclasses.replace(job.net.input, size=stage.size)
+        kept = dataclasses.replace(shown, size=stage.eval_size or stage.size)
+        net_config = dataclasses.replace(job.net, input=kept)
         first = stage.init == ""
         net = nets.build(net_config) if first else nets.EmbeddingNet(net_config)
         head = ArcFace(net.dim, classes, stage.margin, stage.scale)
@@ -216,7 +216,7 @@ class _Training:
             job.data,
             rows["path"].to_numpy(),
             rows["label"].to_numpy(),
-            net_config.input,
+            shown,
             stage.augment,
             stage.seed,
         )
@@ -315,7 +315,7 @@ class _Training:
                 f"stage {stage.name}: the loss is {mean} at step {self.done}; lower lr or raise warmup"
             )
         if unreadable > stage.max_unreadable * len(self.ids):
-            examples = ", ".join(self.ids[sorted(self.unreadable)[:5]])
+            examples = b", ".join(self.ids[sorted(self.unreadable)[:5]]).decode()
             raise ValueError(
                 f"stage {stage.name}: {unreadable} of {len(self.ids)} images cannot be read, more "
                 f"than a share of {stage.max_unreadable}; for example {examples}"
@@ -373,13 +373,13 @@ class _Training:
             {
                 "stage": asdict(self.job.stage),
                 "fingerprint": self.config,
-                "list": {"name": self.images.name, "hash": self.images.hash},
+                "list": self.list,
                 "images": len(self.ids),
                 "classes": int(self.step.head.weight.shape[0]),
                 "steps": self.done,
                 "processes": self.rank.world,
                 "final_loss": self.rows[-1][2],
-                "unreadable": [str(self.ids[row]) for row in unreadable],
+                "unreadable": [self.ids[row].decode() for row in unreadable],
             },
             self.seen,
         )
