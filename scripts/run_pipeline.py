@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument(
-        "--workers", type=int, default=2, help="loader processes of each"
+        "--workers",
+        type=int,
+        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        help="loader processes of each (default: %(default)s)",
     )
     parser.add_argument(
         "--save-every", type=int, default=50, help="steps between two states"

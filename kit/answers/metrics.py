@@ -57,11 +57,12 @@ def evaluate(
             f"query {asked['id'][row < 0].iloc[0]} of the solution has no answer "
             f"({int((row < 0).sum())} missing)"
         )
-    truth = asked["images"].str.split().explode()
-    known = pd.Index(truth.dropna().unique())
+    truth = asked["images"].str.split().explode().dropna()
+    known = pd.Index(truth.unique())
     truth_keys = truth.index.to_numpy() * len(known) + known.get_indexer(truth)
     ranked = ranked[row, :k]
-    ranked = np.pad(ranked, ((0, 0), (0, k - ranked.shape[1])))  # pads with empty ids
+    empty = ((0, 0), (0, k - ranked.shape[1]))
+    ranked = np.pad(ranked, empty, constant_values="")
     code = known.get_indexer(ranked.ravel())
     keys = np.repeat(np.arange(len(asked)), k) * len(known) + code
     hits = (code >= 0) & np.isin(keys, truth_keys)
@@ -79,7 +80,7 @@ def evaluate(
 
 def evaluate_file(path: Path, solution: Path) -> Score:
     rankings = submission.read(path)
-    width = max(1, *map(len, rankings.values()))
+    width = max([1, *map(len, rankings.values())])
     ranked = np.array(
         [images + [""] * (width - len(images)) for images in rankings.values()]
     )

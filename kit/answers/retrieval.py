@@ -114,7 +114,8 @@ def rank(parts: Sequence[Part], k: int = 100) -> tuple[Tensor, Tensor]:
                     f"models {ours.manifest['model']['name']} and "
                     f"{theirs.manifest['model']['name']} have features of different images"
                 )
-    unreadable = torch.from_numpy(~first.index.readable())
+    readable = [part.index.readable() for part in parts]
+    unreadable = torch.from_numpy(~np.logical_and.reduce(readable))
     scores, rows = [], []
     for start in range(0, len(first.query), QUERIES):
         queries = slice(start, min(start + QUERIES, len(first.query)))

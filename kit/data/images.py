@@ -5,6 +5,8 @@ and submission read it only from there.
 """
 
 import math
+import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ from torch.utils.data import Dataset
 
 RESIZE = ("squash", "crop")
 COLOUR = ("rgb", "bgr")
+MARKER = re.compile(
+    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
+)  # of a JPEG, with a length or the end
+BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
 SLIVER = 16  # a side longer than this many times the other is squashed whatever the rule says
 
 
@@ -69,7 +75,8 @@ class Augment:
 def read(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB, turned as EXIF says; grey, CMYK and alpha become RGB.
 
-    Raises UnreadableImage, for a truncated file too: OpenCV returns grey pixels for its missing part.
+    Raises UnreadableImage, for a truncated file too: some versions of OpenCV return grey
+    pixels for what is missing.
     """
     try:
         data = path.read_bytes()
@@ -77,7 +84,10 @@ def read(path: Path) -> np.ndarray:
         raise UnreadableImage(f"{path}: {error.strerror}") from None
     if not _whole(data):
         raise UnreadableImage(f"{path}: {'cut short' if data else 'empty'}")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a header that claims an absurd size
+        image = None
     if image is None:
         raise UnreadableImage(f"{path}: not an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -86,26 +96,36 @@ def read(path: Path) -> np.ndarray:
 def _whole(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end; other formats are left to the decoder."""
     if data.startswith(b"\xff\xd8"):
-        # the end of the image comes after the start of its last scan; a thumbnail's end does not
-        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") >= 0
+        at = 2
+        while found := MARKER.search(data, at):
+            if data[found.end() - 1] == 0xD9:  # end of image
+                return True
+            # skips the segment, and with it a thumbnail's markers; scan data has none
+            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        return False
     if data.startswith(b"\x89PNG"):
         return b"IEND" in data[-64:]
     return bool(data)
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Height and width as shown, after EXIF rotation, from the header alone; -1, -1 if unreadable."""
+    """Height and width as shown, after EXIF rotation; -1, -1 if unreadable.
+
+    From the header alone: a file that is cut short later has its size.
+    """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            # the general method: that of PNG decodes the picture first
+            exif = Image.Image.getexif(image)
+            turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (*BROKEN, Image.DecompressionBombError):
         return -1, -1
     return (width, height) if turned else (height, width)
 
 
 def thumbnail(path: Path, side: int = 160) -> np.ndarray:
-    """(h, w, 3) uint8 RGB with its longest side at most `side`; grey where the file is unreadable."""
+    """(h, w, 3) uint8 RGB, longest side at most `side`; grey where it is unreadable."""
     try:
         image = read(path)
     except UnreadableImage:
@@ -130,21 +150,17 @@ def _to_square(image: np.ndarray, size: int) -> np.ndarray:
 
 def prepare(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     """(H, W, 3) RGB -> (3, size, size) uint8 as the network expects it, nothing random."""
-    height, width = image.shape[:2]
-    if spec.resize == "crop" and max(height, width) <= SLIVER * min(height, width):
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        image = image[top : top + side, left : left + side]
-    return _channels(_to_square(image, spec.size), spec)
+    return _channels(_to_square(_framed(image, spec), spec.size), spec)
 
 
 def augment(
     image: np.ndarray, spec: InputSpec, how: Augment, rng: np.random.Generator
 ) -> np.ndarray:
     """(H, W, 3) RGB -> (3, size, size) uint8, changed at random by `rng` alone."""
-    image = _to_square(
-        _random_crop(image, how.crop, rng) if how.crop < 1 else image, spec.size
-    )
+    image = _framed(image, spec)
+    if how.crop < 1:
+        image = _random_crop(image, how.crop, rng)
+    image = _to_square(image, spec.size)
     if how.pad:
         padded = cv2.copyMakeBorder(
             image, *[how.pad] * 4, cv2.BORDER_CONSTANT, value=(0, 0, 0)
@@ -160,12 +176,25 @@ def augment(
     return _channels(image, spec)
 
 
+def _framed(image: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """What the resize rule looks at: all of it, or the central square."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if spec.resize == "squash" or max(height, width) > SLIVER * side:
+        return image
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
 def _random_crop(
     image: np.ndarray, smallest: float, rng: np.random.Generator
 ) -> np.ndarray:
     height, width = image.shape[:2]
     area = height * width * rng.uniform(smallest, 1)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    # within 3/4..4/3 where that much area fits into the picture, else as near as it does
+    narrow, wide = area / height**2, width**2 / area
+    low, high = np.clip((3 / 4, 4 / 3), narrow, wide)
+    aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
     h = min(height, max(1, round(math.sqrt(area / aspect))))
     w = min(width, max(1, round(math.sqrt(area * aspect))))
     top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)

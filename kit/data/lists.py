@@ -94,6 +94,8 @@ def build(
             )
     tables, dropped = _cut(facts, index_ids)
     tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        raise ValueError(f"{data}: no image in any list")
     shapes = _sizes(tables, data) if sizes else None
     counts = {}
     for name, table in tables.items():
@@ -102,12 +104,11 @@ def build(
             out, name, rows, data, facts, dropped.get(name, {}), sizes
         )
         log.info("list %-20s %9d rows", name, counts[name])
-    for path in [
-        *out.glob("*.csv"),
-        *out.glob("*.json"),
-    ]:  # of an earlier build from other data
-        if path.stem not in counts:
-            path.unlink()
+    for about in out.glob("*.json"):  # lists of an earlier build from other data
+        if about.stem not in counts and _is_ours(about):
+            about.unlink()
+            about.with_suffix(".csv").unlink(missing_ok=True)
+    (out / "solution.csv").unlink(missing_ok=True)
     if len(facts.solution):
         table = facts.solution.rename(columns={"usage": "Usage"})
         with files.replacing(out / "solution.csv") as temporary:
@@ -118,39 +119,43 @@ def build(
 def _cut(
     facts: Facts, index_ids: Path | None
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, int]]]:
+    """Tables by list name, and what was dropped on the way to each, counted by reason."""
     full, index = facts.train, facts.index
     c2x = full[full["landmark_id"].isin(set(facts.clean["landmark_id"]))]
-    tables = {"clean": facts.clean, "c2x": c2x, "full": full}
-    dropped = {"c2x": {"landmark is not in the clean list": len(full) - len(c2x)}}
-    tables |= {"index": index, "query": facts.query.assign(landmark_id="-1", label=-1)}
     known = index[index["label"] >= 0].assign(clean=1)
     searched = set(index["id"])
+    query = facts.query.assign(landmark_id="-1", label=-1)
+    tables = {
+        "clean": facts.clean,
+        "c2x": c2x,
+        "full": full,
+        "index": index,
+        "query": query,
+    }
+    dropped = {"c2x": {"landmark is not in the clean list": len(full) - len(c2x)}}
     if index_ids is not None:
         searched = _searched(facts, index_ids)
         tables["index_val"] = index[index["id"].isin(searched)]
-        dropped["index_val"] = {
-            "not in the given ids, no positive": len(index) - len(searched)
-        }
+        left = len(index) - len(tables["index_val"])
+        dropped["index_val"] = {"not in the given ids, no positive": left}
+    if full.empty:
+        return tables, dropped
+    free = known[~known["id"].isin(searched)]
     unknown = {"index image of a place unknown to train": len(index) - len(known)}
-    if len(full) and len(index):
-        free = known[~known["id"].isin(searched)]
+    hidden = {"index image that validation searches": len(known) - len(free)}
+    if len(index):
         tables["index_train"] = pd.concat([full, known], ignore_index=True)
         tables["index_train_holdout"] = pd.concat([full, free], ignore_index=True)
         dropped["index_train"] = unknown
-        dropped["index_train_holdout"] = unknown | {
-            "index image that validation searches": len(known) - len(free)
-        }
-    if len(full) and len(facts.solution):
+        dropped["index_train_holdout"] = unknown | hidden
+    if len(facts.solution):
         tested, lost = _tested(facts)
         ignored = tested[tested["label"] < 0]
-        tables["all"] = pd.concat([tables["index_train"], tested], ignore_index=True)
-        tables["all_holdout"] = pd.concat(
-            [tables["index_train_holdout"], ignored], ignore_index=True
-        )
-        dropped["all"] = dropped["index_train"] | lost
-        dropped["all_holdout"] = dropped["index_train_holdout"] | {
-            "row of a validation query": len(tested) - len(ignored)
-        }
+        asked = {"row of a validation query": len(tested) - len(ignored)}
+        tables["all"] = pd.concat([full, known, tested], ignore_index=True)
+        tables["all_holdout"] = pd.concat([full, free, ignored], ignore_index=True)
+        dropped["all"] = unknown | lost
+        dropped["all_holdout"] = unknown | hidden | asked  # from what is in `all`
     return tables, dropped
 
 
@@ -167,27 +172,28 @@ def _searched(facts: Facts, index_ids: Path) -> set[str]:
 
 
 def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Test images with the labels of their positives, one row a label; ignored ones with -1."""
+    """Test images with the labels of their positives, in the solution's order.
+
+    One row a label; ignored queries have one row with -1.
+    """
     solution = facts.solution.merge(facts.query, on="id", how="inner")
-    lost = {"query that is not in the test list": len(facts.solution) - len(solution)}
-    ignored = solution[solution["usage"] == "Ignored"]
-    asked = solution[solution["usage"] != "Ignored"]
-    pairs = asked.assign(positive=asked["images"].str.split()).explode("positive")
-    by_id = facts.index.set_index("id")["label"]
-    pairs["label"] = pairs["positive"].map(by_id)
-    lost["positive that is not in the index"] = int(pairs["label"].isna().sum())
+    pairs = solution.assign(positive=solution["images"].str.split()).explode("positive")
+    pairs["label"] = pairs["positive"].map(facts.index.set_index("id")["label"])
+    asked = pairs["usage"] != "Ignored"
+    absent = asked & pairs["label"].isna()
     pairs["label"] = pairs["label"].fillna(-1).astype(np.int64)
-    lost["positive of a place unknown to train"] = (
-        int((pairs["label"] < 0).sum()) - lost["positive that is not in the index"]
-    )
-    labelled = pairs[pairs["label"] >= 0].drop_duplicates(["id", "label"])
-    lost["query without any label that train knows"] = (
-        len(asked) - labelled["id"].nunique()
-    )
-    tested = pd.concat([labelled, ignored.assign(label=-1)], ignore_index=True)
-    return tested.assign(landmark_id="-1", clean=1)[
-        ["id", "path", "landmark_id", "label", "clean"]
-    ], lost
+    unknown = asked & ~absent & (pairs["label"] < 0)
+    kept = pairs[~asked | (pairs["label"] >= 0)].drop_duplicates(["id", "label"])
+    lost = {
+        "query that is not in the test list": len(facts.solution) - len(solution),
+        "test image that is not in the solution": len(facts.query) - len(solution),
+        "positive that is not in the index": int(absent.sum()),
+        "positive of a place unknown to train": int(unknown.sum()),
+        "query without any label that train knows": len(solution)
+        - kept["id"].nunique(),
+    }
+    kept = kept.assign(landmark_id="-1", clean=1)
+    return kept[["id", "path", "landmark_id", "label", "clean"]], lost
 
 
 def _finish(
@@ -208,10 +214,7 @@ def _finish(
             if "clean" in table
             else (label >= 0) * 1,
             "country": place,
-            "continent": pd.Series(place)
-            .map(dict(continents or {}))
-            .fillna("")
-            .to_numpy(),
+            "continent": [(continents or {}).get(code, "") for code in place],
         }
     )
     sizes = (
@@ -272,6 +275,15 @@ def _write(
     return len(rows)
 
 
+def _is_ours(about: Path) -> bool:
+    """Whether a JSON file describes a list."""
+    try:
+        found = files.read_json(about)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"name", "rows", "hash", "kit"} <= found.keys()
+
+
 def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> ImageList:
     """The list `name` of `folder`, or some columns; refuses what its JSON does not describe.
 
@@ -296,7 +308,11 @@ def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> Im
 
 def describe(folder: Path) -> pd.DataFrame:
     """One row a list: rows, images, labels, and what was dropped and why."""
-    about = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
+    about = [
+        files.read_json(path)
+        for path in sorted(folder.glob("*.json"))
+        if _is_ours(path)
+    ]
     return pd.DataFrame(
         {
             "list": [a["name"] for a in about],
@@ -326,7 +342,11 @@ def leaks(seen: Mapping[str, str], folder: Path, searched: ImageList) -> dict[st
     forbidden = set(solution.loc[solution["usage"] != "Ignored", "id"]) | set(
         searched.rows["id"]
     )
-    here = {files.read_json(path)["hash"]: path.stem for path in folder.glob("*.json")}
+    here = {
+        files.read_json(path)["hash"]: path.stem
+        for path in folder.glob("*.json")
+        if _is_ours(path)
+    }
     found = {}
     for digest, name in seen.items():
         if digest not in here:

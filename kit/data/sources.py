@@ -41,7 +41,7 @@ class Facts:
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
-    """A CSV as text: an id stays an id though it looks like a number, `None` and `NA` stay words."""
+    """A CSV as text: an id stays one though it looks like a number, `NA` stays a word."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -52,6 +52,12 @@ def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
         UnicodeDecodeError,
     ) as error:
         raise ValueError(f"{path}: not a CSV file ({str(error).strip()})") from None
+    if not isinstance(
+        table.index, pd.RangeIndex
+    ):  # pandas made the first column an index
+        raise ValueError(
+            f"{path}: not a CSV file (its lines are longer than the header)"
+        )
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise ValueError(
@@ -85,7 +91,7 @@ def category_name(text: str) -> str:
     return unquote(text.rpartition("Category:")[2]).replace("_", " ").strip()
 
 
-def read(data: Path, layout: str = "gldv2", table: Path | None = None) -> Facts:
+def read(data: Path, layout: str = "gldv2", table: Path = Path("table.csv")) -> Facts:
     """layout: `gldv2` (official CSVs), `csv` (`table`: path,label[,group,split]) or `folders`."""
     readers = {
         "gldv2": lambda: official(data),
@@ -127,17 +133,7 @@ def official(data: Path) -> Facts:
         categories = table(
             "train/train_label_to_category.csv", "landmark_id", "category"
         )
-        labels = landmarks.get_indexer(categories["landmark_id"])
-        for name, label in zip(
-            categories["category"].map(category_name), labels, strict=True
-        ):
-            if label >= 0:
-                names.setdefault(
-                    name, int(label)
-                )  # of two landmarks the first in the file
-        notes["train landmarks whose category another one has"] = int(
-            (labels >= 0).sum()
-        ) - len(names)
+        names = _labels_by_name(categories, landmarks, notes)
     if (data / "index").is_dir():
         index = _official_index(
             table("index/index.csv", "id"),
@@ -148,23 +144,21 @@ def official(data: Path) -> Facts:
         )
     if (data / "test").is_dir():
         query = table("test/test.csv", "id")[["id"]]
+        _refuse_repeats(query["id"], data / "test/test.csv")
         query["path"] = _paths(query["id"], "test", data / "test/test.csv")
         if (data / "test/retrieval_solution_v2.1.csv").exists():
             solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
             sources["test/retrieval_solution_v2.1.csv"] = len(solution)
     country = _countries(data / "train/country", landmarks, notes)
-    for split in ("train", "index", "test"):
-        if (data / split).is_dir():
-            _refuse_wrong_root(
-                {"train": train, "index": index, "test": query}[split], data
-            )
+    for rows in (train, index, query):
+        _refuse_wrong_root(rows, data)
     return Facts(train, clean, index, query, solution, country, sources, notes)
 
 
 def _official_train(
     train: pd.DataFrame, clean: pd.DataFrame, data: Path
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.Index]:
-    """Tables of train.csv and train_clean.csv -> rows of train, rows of clean, landmarks by label."""
+    """train.csv, train_clean.csv -> rows of train, rows of clean, landmarks by label."""
     _refuse_repeats(clean["landmark_id"], data / "train/train_clean.csv")
     landmarks = pd.Index(clean["landmark_id"]).append(
         pd.Index(train["landmark_id"])
@@ -176,7 +170,9 @@ def _official_train(
     )
     rows = rows.explode("id", ignore_index=True)[["id", "landmark_id", "label"]]
     rows["clean"] = 1
+    _refuse_repeats(rows["id"], data / "train/train_clean.csv")
     rows["path"] = _paths(rows["id"], "train", data / "train/train_clean.csv")
+    _refuse_repeats(train["id"], data / "train/train.csv")
     train = train[["id", "landmark_id"]].copy()
     train["path"] = _paths(train["id"], "train", data / "train/train.csv")
     train["label"] = landmarks.get_indexer(train["landmark_id"])
@@ -186,6 +182,21 @@ def _official_train(
     return train, rows, landmarks
 
 
+def _labels_by_name(
+    categories: pd.DataFrame, landmarks: pd.Index, notes: dict[str, int]
+) -> dict[str, int]:
+    """Category -> label; of two landmarks with one category the first in the file."""
+    labels = landmarks.get_indexer(categories["landmark_id"])
+    found: dict[str, int] = {}
+    taken = 0
+    for text, label in zip(categories["category"], labels, strict=True):
+        if label >= 0 and (name := category_name(text)):
+            taken += name in found
+            found.setdefault(name, int(label))
+    notes["train landmarks whose category another one has"] = taken
+    return found
+
+
 def _official_index(
     index: pd.DataFrame,
     places: pd.DataFrame,
@@ -193,6 +204,7 @@ def _official_index(
     names: Mapping[str, int],
     data: Path,
 ) -> pd.DataFrame:
+    _refuse_repeats(index["id"], data / "index/index.csv")
     _refuse_repeats(places["id"], data / "index/index_image_to_landmark.csv")
     known = categories["category"].map(category_name).map(names)
     label = pd.Series(known.to_numpy(), index=categories["landmark_id"])
@@ -281,7 +293,9 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
 
 
 def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
-    """path, label, group, split of every image -> facts; labels are numbered as they appear."""
+    """path, label, group, split of every image -> facts; labels as they appear."""
+    if table.empty:
+        raise ValueError(f"{source}: no rows")
     _refuse_repeats(table["path"], source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
     hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
@@ -291,7 +305,8 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     )
     labels, names = pd.factorize(train["label"])
     groups = train.drop_duplicates("label")["group"].to_numpy(dtype=object)
-    positives = {label: " ".join(ids) for label, ids in index.groupby("label")["id"]}
+    known = index[index["label"] != ""].groupby("label")["id"]
+    positives = {label: " ".join(ids) for label, ids in known}
     answers = np.array(
         [positives.get(label, "") for label in query["label"]], dtype=object
     )

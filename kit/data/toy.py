@@ -104,7 +104,7 @@ def plan(config: ToyConfig) -> list[Shot]:
     clean, asked = range(n - round(0.3 * n)), range(max(1, n // 10), n)
     noisy = range(n, n + max(1, n // 5))
     elsewhere = count(noisy.stop)
-    test, index = round(0.14 * config.images), round(0.36 * config.images)
+    test, index = round(0.2 * config.images), round(0.34 * config.images)
     train = config.images - test - index
     noise = max(5, round(config.noise * train))
     wrong = max(1, round(config.wrong * (train - noise)))

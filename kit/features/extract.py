@@ -119,8 +119,9 @@ def run(job: Job) -> Path:
 
 def _fill(job: Job, paths: np.ndarray, rank: launch.Rank) -> None:
     vectors, done = store.open_for_writing(job.out)
-    todo = np.flatnonzero(done == 0)[rank.rank :: rank.world]
-    if not len(todo):
+    # a fixed share of all blocks: what others finish in the meantime must not shift it
+    todo = [int(b) for b in range(rank.rank, len(done), rank.world) if not done[b]]
+    if not todo:
         return
     net = nets.load(job.model, rank.device)
     half = nets.half_precision(rank.device)

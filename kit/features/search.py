@@ -34,11 +34,15 @@ def knn(queries: Tensor, database: Iterable[Tensor], k: int) -> tuple[Tensor, Te
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of scores (Q, N) float32, best first; ties go to the lower column.
+    """The k largest of each row of scores (Q, N), best first; ties go to the lower column.
+
+    Scores are float32 without NaN.
 
     `torch.topk` picks any of equal values, so scores and columns are packed into one integer whose
     order is total.
     """
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores are {scores.dtype}, not float32")
     bits = scores.contiguous().view(torch.int32).long()
     ordered = torch.where(
         bits < 0, -(bits & 0x7FFFFFFF), bits

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -67,7 +66,13 @@ class EmbeddingNet(nn.Module):
             self.dim = config.dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.neck(self.pool(self.backbone.forward_features(x)))
+        maps = self.backbone.forward_features(x)
+        if maps.ndim != 4 or maps.shape[1] != self.backbone.num_features:
+            raise ValueError(
+                f"{self.config.backbone} gives {tuple(maps.shape)}, not feature maps "
+                "(B, C, H, W): only convolutional backbones can be pooled so far"
+            )
+        return self.neck(self.pool(maps))
 
 
 def _backbone(name: str) -> nn.Module:
@@ -125,13 +130,18 @@ def load(folder: Path, device: torch.device | str = "cpu") -> EmbeddingNet:
     """The network saved in `folder`, in eval mode."""
     about = describe(folder)
     net = EmbeddingNet(NetConfig.from_dict(about["config"]))
-    path = folder / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: not whole ({error}); run the stage again") from None
-    load_strictly(net, weights, path)
+    load_weights(net, folder)
     return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def load_weights(net: EmbeddingNet, folder: Path) -> None:
+    """Fills `net` from `folder`; refuses weights that model.json does not describe."""
+    path = folder / "model.safetensors"
+    if not path.exists() or files.sha256(path) != describe(folder)["hash"]:
+        raise ValueError(
+            f"{path} is not the file that model.json describes; run the stage again"
+        )
+    load_strictly(net, load_file(path), path)
 
 
 def describe(folder: Path) -> dict:
@@ -143,5 +153,5 @@ def describe(folder: Path) -> dict:
         )
     try:
         return files.read_json(path)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,9 +39,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a file that cannot run code."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(
+            f"{path}: not a state dict of tensors alone; nothing else is loaded, since it "
+            "could run code"
+        ) from None
     return weights.get("state_dict", weights)
 
 

@@ -1,5 +1,6 @@
 """chain.json: which models answer, with what weight, and how their scores are reranked."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +19,13 @@ class Chain:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("a chain needs at least one model")
-        negative = min(
-            [*self.models.values(), self.weights.landmark, self.weights.country]
-        )
-        if negative < 0:
+        if self.votes < 1:
+            raise ValueError(f"votes is {self.votes}; at least one reference must vote")
+        given = [*self.models.values(), self.weights.landmark, self.weights.country]
+        wrong = [weight for weight in given if not 0 <= weight < math.inf]
+        if wrong:
             raise ValueError(
-                f"a weight of the chain is {negative}; weights are not negative"
+                f"a weight of the chain is {wrong[0]}; weights are not negative"
             )
 
 

@@ -92,8 +92,7 @@ def hand_over(
         raise FileNotFoundError(
             f"{folder}: the stage is not finished; run it to its end first"
         )
-    weights = load_file(folder / "model.safetensors")
-    load_strictly(network, weights, folder / "model.safetensors")
+    nets.load_weights(network, folder)
     source = folder / "head.safetensors"
     load_strictly(head, grown(load_file(source), head.state_dict(), source), source)
     return about["seen"]

@@ -55,7 +55,7 @@ def _toy() -> Recipe:
         init="clean",
         size=224,
         eval_size=256,
-        epochs=1,
+        epochs=2,
         lr=3e-4,
         warmup=0,
     )

@@ -1,0 +1,396 @@
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit import files
+from kit.answers import metrics
+from kit.answers.metrics import (
+    LeakError,
+    Score,
+    average_precision,
+    evaluate,
+    evaluate_file,
+    read_gains,
+    refuse_leaks,
+    write_gains,
+)
+from kit.data import lists, sources
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def by_hand(ranking: list[str], positives: set[str]) -> float:
+    """AP@100 of one query as the competition defines it, one place after another."""
+    total, hits, seen = 0.0, 0, set()
+    for place, image in enumerate(ranking[:100], start=1):
+        if image in positives and image not in seen:
+            hits += 1
+            total += hits / place
+        seen.add(image)
+    return total / min(len(positives), 100)
+
+
+def solution_of(**rows: tuple[str, str]) -> pd.DataFrame:
+    """id -> (images, usage), as `read_solution` gives it."""
+    return pd.DataFrame(
+        [(name, *row) for name, row in rows.items()], columns=["id", "images", "usage"]
+    )
+
+
+def ap_of(score: Score) -> dict[str, float]:
+    return dict(zip(score.queries["id"], score.queries["ap"], strict=True))
+
+
+# Average precision
+
+
+def test_average_precision_is_the_mean_precision_at_the_hits():  # worked by hand
+    hits = np.array([[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    found = average_precision(hits, np.array([2, 1, 3, 4]))
+    np.testing.assert_allclose(found, [(1 + 2 / 3) / 2, 1 / 4, 0, 1])
+
+
+def test_more_positives_than_places_count_as_many_as_there_are_places():
+    hits = np.array([[1, 1, 0], [1, 1, 1]], bool)
+    found = average_precision(hits, np.array([50, 50]))
+    np.testing.assert_allclose(found, [2 / 3, 1])
+
+
+@pytest.mark.parametrize(("positives", "divisor"), [(99, 99), (100, 100), (250, 100)])
+def test_the_sum_is_divided_by_the_positives_but_at_most_100(positives, divisor):
+    images = [f"p{number}" for number in range(positives)]
+    solution = solution_of(q=(" ".join(images), "Private"))
+    assert evaluate(["q"], np.array([images]), solution).private == 1
+    few = evaluate(["q"], np.array([images[:7]]), solution)
+    assert few.private == pytest.approx(7 / divisor)
+
+
+# evaluate
+
+
+@pytest.fixture
+def answered():
+    """60 queries with random rankings: repeats, gaps, many positives, some not in the index."""
+    draw = random.Random(0)
+    index = [f"{number:016x}" for number in range(400)]
+    absent = [f"absent{number}" for number in range(50)]
+    rows, rankings = {}, {}
+    for number in range(60):
+        name = f"{number:03}e{draw.randrange(10**12):012}"
+        size = draw.choice([1, 2, 5, 30, 120, 250])
+        positives = draw.sample(index, size) + draw.sample(absent, draw.randrange(3))
+        usage = ["Public", "Private", "Ignored"][number % 3]
+        rows[name] = ("" if usage == "Ignored" else " ".join(positives), usage)
+        ranking = draw.choices(index + positives * 3 + ["", ""], k=130)
+        rankings[name] = ranking
+    assert sum(len(set(ranking)) < 130 for ranking in rankings.values()) == 60
+    return rankings, solution_of(**rows)
+
+
+def arranged(rankings, order=None):
+    names = list(rankings) if order is None else order
+    return names, np.array([rankings[name] for name in names])
+
+
+@pytest.mark.parametrize("width", [1, 30, 99, 100, 101, 130])
+def test_evaluate_matches_the_definition(answered, width):
+    rankings, solution = answered
+    cut = {name: ranking[:width] for name, ranking in rankings.items()}
+    score = evaluate(*arranged(cut), solution)
+    halves = {"Public": [], "Private": []}
+    for name, images, usage in solution.itertuples(index=False):
+        if usage != "Ignored":
+            positives = set(images.split())
+            halves[usage].append((name, by_hand(cut[name], positives), len(positives)))
+    expected = sorted(halves["Public"] + halves["Private"])
+    found = score.queries.sort_values("id")
+    assert found["id"].tolist() == [name for name, _, _ in expected]
+    np.testing.assert_allclose(found["ap"], [ap for _, ap, _ in expected])
+    assert found["positives"].tolist() == [count for _, _, count in expected]
+    for half, value in (("Public", score.public), ("Private", score.private)):
+        mean = sum(ap for _, ap, _ in halves[half]) / len(halves[half])
+        assert value == pytest.approx(mean)
+        assert 0 < value < 1
+
+
+def test_the_order_of_queries_and_of_the_solution_does_not_matter(answered):
+    rankings, solution = answered
+    expected = evaluate(*arranged(rankings), solution)
+    shuffled = random.Random(1).sample(list(rankings), len(rankings))
+    again = evaluate(
+        *arranged(rankings, shuffled), solution.sample(frac=1, random_state=1)
+    )
+    assert again.public == pytest.approx(expected.public)
+    assert again.private == pytest.approx(expected.private)
+    assert ap_of(again) == pytest.approx(ap_of(expected))
+
+
+def test_answers_to_ignored_and_unknown_queries_do_not_count(answered):
+    rankings, solution = answered
+    expected = evaluate(*arranged(rankings), solution)
+    asked = solution[solution["usage"] != "Ignored"]
+    needed = {name: rankings[name] for name in asked["id"]}
+    assert ap_of(evaluate(*arranged(needed), solution)) == ap_of(expected)
+    more = needed | {"unknown": rankings[asked["id"].iloc[0]]}
+    assert ap_of(evaluate(*arranged(more), solution)) == ap_of(expected)
+
+
+def test_an_image_that_is_answered_twice_counts_once_at_its_better_place():
+    solution = solution_of(q=("a b", "Public"))
+    ranked = np.array([["a", "a", "a", "b"]])
+    assert evaluate(["q"], ranked, solution).public == pytest.approx((1 + 2 / 4) / 2)
+
+
+def test_a_positive_of_one_query_is_none_of_another():
+    solution = solution_of(q=("a", "Public"), r=("b", "Public"), s=("c", "Private"))
+    ranked = np.array([["b", "c"], ["a", "b"], ["c", "a"]])
+    score = evaluate(["q", "r", "s"], ranked, solution)
+    assert ap_of(score) == {"q": 0, "r": 0.5, "s": 1}
+    assert (score.public, score.private) == (0.25, 1)
+
+
+def test_a_half_without_queries_is_not_a_number():
+    score = evaluate(["q"], np.array([["a"]]), solution_of(q=("a", "Private")))
+    assert math.isnan(score.public) and score.private == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_query_without_positives_does_not_change_the_others():
+    solution = solution_of(q=("a", "Public"), r=("", "Public"), s=("b", "Public"))
+    ranked = np.array([["b", "a"], ["a", "b"], ["b", "a"]])
+    score = ap_of(evaluate(["q", "r", "s"], ranked, solution))
+    assert (score["q"], score["s"]) == (0.5, 1)
+
+
+def test_places_that_are_left_empty_are_no_hits():
+    solution = solution_of(q=("0 1", "Public"))
+    assert evaluate(["q"], np.array([["1"]]), solution).public == 0.5
+    assert evaluate(["q"], np.array([["1", ""]]), solution).public == 0.5
+
+
+def test_a_query_that_has_no_answer_is_refused(answered):
+    rankings, solution = answered
+    asked = solution.loc[solution["usage"] != "Ignored", "id"]
+    del rankings[asked.iloc[3]], rankings[asked.iloc[9]]
+    message = f"^query {asked.iloc[3]} of the solution has no answer \\(2 missing\\)$"
+    with pytest.raises(ValueError, match=message):
+        evaluate(*arranged(rankings), solution)
+
+
+def test_evaluate_leaves_its_inputs_as_they_were(answered):
+    rankings, solution = answered
+    names, ranked = arranged(rankings)
+    before = ranked.copy(), solution.copy()
+    evaluate(names, ranked, solution)
+    assert np.array_equal(ranked, before[0])
+    pd.testing.assert_frame_equal(solution, before[1])
+
+
+# Files and the command
+
+
+@pytest.fixture
+def pair(tmp_path, answered):
+    """submission.csv and solution.csv of the random rankings."""
+    rankings, solution = answered
+    rows = [f"{name},{' '.join(images).strip()}" for name, images in rankings.items()]
+    (tmp_path / "submission.csv").write_text("\n".join(["id,images", *rows]) + "\n")
+    table = solution.rename(columns={"usage": "Usage"})
+    table.loc[table["Usage"] == "Ignored", "images"] = "None"
+    table.to_csv(tmp_path / "solution.csv", index=False)
+    return tmp_path / "submission.csv", tmp_path / "solution.csv"
+
+
+def test_a_file_scores_what_its_rankings_score(pair, answered):
+    rankings, solution = answered
+    packed = {  # a submission has no gaps
+        name: [image for image in images if image] for name, images in rankings.items()
+    }
+    score = ap_of(evaluate_file(*pair))
+    for name, images, usage in solution.itertuples(index=False):
+        if usage != "Ignored":
+            expected = by_hand(packed[name], set(images.split()))
+            assert score[name] == pytest.approx(expected)
+
+
+def test_a_query_without_an_answer_in_the_file_scores_nothing(tmp_path):
+    (tmp_path / "submission.csv").write_text("id,images\nq,\nr,a\n")
+    (tmp_path / "solution.csv").write_text("id,images,Usage\nq,a,Public\nr,a,Public\n")
+    score = evaluate_file(tmp_path / "submission.csv", tmp_path / "solution.csv")
+    assert ap_of(score) == {"q": 0, "r": 1}
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kit.answers.metrics", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_prints_both_halves(pair):
+    score = evaluate_file(*pair)
+    done = command(*pair)
+    assert done.stdout == (
+        f"private mAP@100 {score.private:.4f}  public mAP@100 {score.public:.4f}\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_line_has_four_digits():
+    line = str(Score(public=1.0, private=0.12345678, queries=pd.DataFrame()))
+    assert line == "private mAP@100 0.1235  public mAP@100 1.0000"
+
+
+def test_the_command_refuses_in_one_line_and_does_not_exit_with_zero(pair, tmp_path):
+    done = command(pair[0], tmp_path / "absent.csv")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"metrics: {tmp_path / 'absent.csv'}: no such file\n"
+
+
+HEAD = "id,images,Usage\n"
+
+
+@pytest.mark.parametrize(
+    ("submitted", "solution", "message"),
+    [
+        ("id,images\n", HEAD + "q,a,Public\n", "query q of the solution has no answer"),
+        (
+            "id,images\nq,a\nq,b\n",
+            HEAD + "q,a,Public\n",
+            "q stands there more than once",
+        ),
+        (
+            "id,image\nq,a\n",
+            HEAD + "q,a,Public\n",
+            "no column images; it has id, image",
+        ),
+        ("", HEAD + "q,a,Public\n", "not a CSV file"),
+        ('id,images\n"q,a', HEAD + "q,a,Public\n", "not a CSV file"),
+        ("id,images\nq,a\n", "id,images\nq,a\n", "no column Usage"),
+        ("id,images\nq,a\n", HEAD + "q,a,public\n", "Usage 'public' is not Public"),
+        ("id,images\nq,a\n", HEAD + "q,a,Public\nq,b,Public\n", "more than once"),
+    ],
+    ids=[
+        "no answers",
+        "query twice",
+        "no images",
+        "empty",
+        "open quote",
+        "no usage",
+        "strange usage",
+        "solution twice",
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, submitted, solution, message):
+    (tmp_path / "submission.csv").write_text(submitted)
+    (tmp_path / "solution.csv").write_text(solution)
+    with pytest.raises(SystemExit) as caught:
+        metrics.main([str(tmp_path / "submission.csv"), str(tmp_path / "solution.csv")])
+    said = caught.value.code
+    assert isinstance(said, str) and "\n" not in said  # a text is exit status 1
+    assert said.startswith("metrics: ") and message in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"]])
+def test_the_command_says_what_it_wants(arguments):
+    with pytest.raises(SystemExit) as caught:
+        metrics.main(arguments)
+    assert caught.value.code.startswith("usage: python -m kit.answers.metrics")
+
+
+# Leaks
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Lists of three train landmarks, an index of five images (one a distractor), three queries."""
+    lines = ["path,label,split"]
+    lines += [f"train/{n}.jpg,{'abc'[n % 3]},train" for n in range(6)]
+    lines += [f"index/{n}.jpg,{label},index" for n, label in enumerate("abca")]
+    lines += ["index/9.jpg,,index"]
+    lines += [f"query/{n}.jpg,{label},query" for n, label in enumerate("abz")]
+    for line in lines[1:]:
+        path = tmp_path / "data" / line.split(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    facts = sources.from_csv(tmp_path / "table.csv", tmp_path / "data")
+    lists.build(facts, tmp_path / "data", tmp_path / "lists", sizes=False)
+    return tmp_path / "lists"
+
+
+def hashes(folder, *names):
+    return {lists.load(folder, name).hash: name for name in names}
+
+
+def test_holdout_lists_do_not_leak(made):
+    seen = hashes(made, "clean", "c2x", "full", "index_train_holdout", "all_holdout")
+    assert len(seen) >= 3
+    assert refuse_leaks(made, lists.load(made, "index"), seen) == ""
+    assert refuse_leaks(made, lists.load(made, "index"), {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("index_train", 4), ("all", 6), ("index", 5), ("query", 2)]
+)
+def test_what_saw_the_index_or_a_query_is_refused(made, name, count):
+    seen = hashes(made, "clean", name)
+    message = f"^list {name} holds {count} validation queries or images of index; use a"
+    with pytest.raises(LeakError, match=message) as caught:
+        refuse_leaks(made, lists.load(made, "index"), seen)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+def test_a_leak_that_is_asked_for_is_printed_beside_the_number(made):
+    index, seen = lists.load(made, "index"), hashes(made, "index_train")
+    warning = refuse_leaks(made, index, seen, optimistic=True)
+    expected = "list index_train holds 4 validation queries or images of index"
+    assert warning == f"  LEAKY ({expected})"
+    assert refuse_leaks(made, index, hashes(made, "clean"), optimistic=True) == ""
+
+
+def test_a_list_that_nobody_knows_counts_as_a_leak(made):
+    index, seen = lists.load(made, "index"), {"0" * 64: "old"}
+    with pytest.raises(LeakError, match="^list old is not one of those in"):
+        refuse_leaks(made, index, seen)
+    assert "LEAKY (list old is" in refuse_leaks(made, index, seen, optimistic=True)
+
+
+# Gains
+
+
+def test_gains_survive_their_file(tmp_path):
+    rows = [
+        ("search", 0.51234567, 0.6, ""),
+        ('rerank, "tuned"', 0.0, 1.0, "  LEAKY (list all holds 3 images)"),
+        ("None", 0.25, 0.125, "NA"),
+        ("no public half", math.nan, 0.5, ""),
+    ]
+    path = write_gains(tmp_path / "gains.csv", rows)
+    read = read_gains(path)
+    assert [(row[0], row[3]) for row in read] == [(row[0], row[3]) for row in rows]
+    np.testing.assert_allclose(
+        [row[1:3] for row in read], [row[1:3] for row in rows], atol=5e-7
+    )
+    assert path.read_text().splitlines()[:2] == [
+        "step,public,private,note",
+        "search,0.512346,0.600000,",
+    ]
+
+
+def test_gains_without_a_column_are_refused(tmp_path):
+    files.write_text(tmp_path / "gains.csv", "step,public\na,1\n")
+    with pytest.raises(ValueError, match="no column private, note"):
+        read_gains(tmp_path / "gains.csv")

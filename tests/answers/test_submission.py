@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+
+from kit.answers import submission
+
+QUERIES = np.array(["0000000000012345", "123456789012e345", "ffffffffffffffff"])
+INDEX = np.array([f"{number:016x}" for number in range(200)])
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "submission.csv"
+
+
+def written(path, **lines):
+    """A submission with lines of our own."""
+    path.parent.mkdir(exist_ok=True)
+    rows = "".join(f"{query},{images}\n" for query, images in lines.items())
+    path.write_text("id,images\n" + rows)
+    return path
+
+
+def refused(path, message, **ids):
+    with pytest.raises(ValueError, match=message) as caught:
+        submission.check(path, **({"query_ids": ["q", "r"], "index_ids": None} | ids))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+# Writing and reading
+
+
+def test_what_was_written_is_read(path):
+    ranked = np.array([INDEX[[5, 2, 7]], INDEX[[0, 1, 2]], INDEX[[199, 0, 5]]])
+    assert submission.write(path, QUERIES, ranked) == path
+    read = submission.read(path)
+    assert list(read) == QUERIES.tolist()
+    assert list(read.values()) == ranked.tolist()
+
+
+def test_the_file_is_what_kaggle_takes(path):
+    submission.write(
+        path, QUERIES[:2], np.array([["b" * 16, "a" * 16], ["c" * 16, ""]])
+    )
+    assert path.read_bytes() == (
+        b"id,images\n"
+        b"0000000000012345,bbbbbbbbbbbbbbbb aaaaaaaaaaaaaaaa\n"
+        b"123456789012e345,cccccccccccccccc\n"
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["submission.csv"]
+
+
+def test_empty_places_are_left_out(path):
+    ranked = np.array([["a", "b", ""], ["", "", ""], ["", "c", ""]])
+    submission.write(path, QUERIES, ranked)
+    assert list(submission.read(path).values()) == [["a", "b"], [], ["c"]]
+
+
+def test_words_that_mean_nothing_elsewhere_stay_ids(path):
+    submission.write(path, np.array(["NA", "None"]), np.array([["nan"], ["null"]]))
+    assert submission.read(path) == {"NA": ["nan"], "None": ["null"]}
+
+
+def test_queries_and_rankings_of_different_number_are_refused(path):
+    with pytest.raises(ValueError, match="^3 queries, but 2 rankings$"):
+        submission.write(path, QUERIES, np.full((2, 4), "a"))
+    assert not path.exists()
+
+
+class Breaks:
+    """A ranking whose disk is full when it is asked for."""
+
+    def tolist(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_write_that_fails_leaves_the_old_file(path):
+    submission.write(path, QUERIES[:1], np.array([["a"]]))
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        submission.write(path, QUERIES[:2], [np.array(["b"]), Breaks()])
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["submission.csv"]
+
+
+def test_a_file_that_is_no_submission_is_refused(path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        submission.read(path)
+    path.parent.mkdir()
+    path.write_text("id,landmarks\nq,1 0.5\n")
+    with pytest.raises(ValueError, match="no column images; it has id, landmarks"):
+        submission.read(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="not a CSV file"):
+        submission.read(path)
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ValueError, match="not a CSV file"):
+        submission.read(path)
+
+
+def test_a_query_that_stands_there_twice_is_refused(path):
+    written(path, q="a")
+    path.write_text(path.read_text() + "r,a\nq,b\n")
+    with pytest.raises(ValueError, match="query q stands there more than once"):
+        submission.read(path)
+    refused(path, "query q stands there more than once")
+
+
+# Checking
+
+
+def test_a_good_submission_passes_with_its_number_of_queries(path):
+    ranked = np.array([INDEX[start : start + 100] for start in (0, 50, 100)])
+    submission.write(path, QUERIES, ranked)
+    assert submission.check(path, QUERIES, INDEX) == 3
+    assert submission.check(path, iter(QUERIES[::-1]), iter(INDEX.tolist())) == 3
+    assert submission.check(path, QUERIES) == 3
+
+
+def test_a_query_without_images_passes(path):
+    assert submission.check(written(path, q="", r="a"), ["q", "r"], ["a"]) == 2
+
+
+def test_a_missing_query_is_refused(path):
+    refused(
+        written(path, q="a"),
+        r"query r has no line \(2 missing\)$",
+        query_ids=["s", "r", "q"],
+    )
+
+
+def test_a_line_that_is_no_query_is_refused(path):
+    refused(
+        written(path, q="a", r="a", z="a", y="a"), r"y is no query \(2 such lines\)$"
+    )
+
+
+def test_more_than_100_images_are_refused(path):
+    assert submission.check(written(path, q=" ".join(INDEX[:100])), ["q"]) == 1
+    refused(
+        written(path, q="a", r=" ".join(INDEX[:101])),
+        "query r has 101 images, more than 100$",
+    )
+
+
+def test_an_image_twice_is_refused(path):
+    refused(written(path, q="a b", r="a b a"), "query r has an image twice$")
+
+
+def test_an_image_that_is_not_in_the_index_is_refused(path):
+    written(path, q="a b", r="b c z")
+    assert submission.check(path, ["q", "r"]) == 2
+    refused(
+        path,
+        "query r answers c, which is not in the index$",
+        index_ids=["a", "b", "z"],
+    )

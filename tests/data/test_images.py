@@ -1,0 +1,754 @@
+import csv
+import io
+import random
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from kit.data.images import (
+    Augment,
+    EvalImages,
+    InputSpec,
+    TrainImages,
+    UnreadableImage,
+    augment,
+    blocks,
+    header_size,
+    in_worker,
+    prepare,
+    read,
+    thumbnail,
+)
+from kit.data.samplers import Batches
+
+ORIENTATION = 0x0112
+
+
+def scene(height, width, seed=0):
+    """(H, W, 3) uint8, smooth and different everywhere."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
+    return cv2.GaussianBlur(noise.astype(np.uint8), (9, 9), 3)
+
+
+def encoded(pixels, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(kind, count, value):
+    """A JPEG's EXIF segment whose one entry is an orientation of the given TIFF type."""
+    entry = struct.pack(">HHHI", 1, ORIENTATION, kind, count) + value.ljust(4, b"\0")
+    return segment(b"MM\0*\0\0\0\x08" + entry + b"\0\0\0\0")
+
+
+def segment(tiff):
+    return b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff
+
+
+def with_segment(jpeg, part):
+    return jpeg[:2] + part + jpeg[2:]
+
+
+def by_pil(path):
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def assert_close(image, expected, most=2):
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected.astype(int)).max() <= most
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes bytes to a file of that name and returns its path."""
+
+    def write(data, name="image.jpg"):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write
+
+
+def refused(path):
+    """The message of the refusal, which is one line and names the file."""
+    with pytest.raises(UnreadableImage) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+# Reading what is odd but whole
+
+RGB = Image.fromarray(scene(40, 60))
+RGBA = np.dstack([scene(40, 60), scene(40, 60, 1)[..., 0]])
+WIDE = scene(40, 60)[..., 0].astype(np.uint16) * 257
+ODD = {
+    "grey.jpg": encoded(RGB.convert("L")),
+    "cmyk.jpg": encoded(RGB.convert("CMYK"), quality=95),
+    "progressive.jpg": encoded(RGB, progressive=True),
+    "full_chroma.jpg": encoded(RGB, subsampling=0, quality=100),
+    "png_in_disguise.jpg": encoded(RGB, "PNG"),
+    "webp_in_disguise.jpg": encoded(RGB, "WEBP", lossless=True),
+    "gif_in_disguise.jpg": encoded(RGB.convert("P"), "GIF"),
+    "alpha.png": encoded(RGBA, "PNG"),
+    "grey_alpha.png": encoded(RGB.convert("LA"), "PNG"),
+    "palette.png": encoded(RGB.convert("P"), "PNG"),
+    "one_bit.png": encoded(RGB.convert("1"), "PNG"),
+    "plain.bmp": encoded(RGB, "BMP"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read_as_rgb(file, name):
+    path = file(ODD[name], name)
+    image = read(path)
+    assert image.dtype == np.uint8
+    with Image.open(path) as same:
+        assert_close(image, np.asarray(same.convert("RGB")))
+    assert header_size(path) == (40, 60)
+
+
+def test_colours_are_red_green_blue(file):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[...] = (250, 120, 10)
+    for kind in ("JPEG", "PNG"):
+        assert_close(read(file(encoded(pixels, kind))), pixels, most=3)
+
+
+def test_an_alpha_channel_leaves_the_colours_as_they_are(file):
+    np.testing.assert_array_equal(read(file(ODD["alpha.png"])), RGBA[..., :3])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_the_upper_eight(file, channels):
+    wide = WIDE if channels == 1 else scene(40, 60).astype(np.uint16) * 256 + 77
+    data = cv2.imencode(".png", wide)[1].tobytes()
+    expected = np.repeat(wide[..., None], 3, 2) if channels == 1 else wide[..., ::-1]
+    assert_close(read(file(data, "wide.png")), expected // 256, most=1)
+    assert header_size(file(data, "wide.png")) == (40, 60)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(file, orientation, kind):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    path = file(encoded(RGB, kind, exif=tags))
+    expected = by_pil(path)
+    assert expected.shape == ((40, 60, 3) if orientation < 5 else (60, 40, 3))
+    assert_close(read(path), expected)
+    assert header_size(path) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 90])
+def test_an_orientation_that_does_not_exist_turns_nothing(file, orientation):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    path = file(encoded(RGB, exif=tags))
+    assert read(path).shape == by_pil(path).shape == (40, 60, 3)
+    assert header_size(path) == (40, 60)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # of Pillow, about what is wrong here
+@pytest.mark.parametrize(
+    "part",
+    [
+        exif(1, 1, b"\x06"),
+        exif(2, 2, b"6\0"),
+        exif(5, 1, b"\0\0\0\x08"),
+        exif(7, 1, b"\x06"),
+        segment(b""),
+        segment(b"MM"),
+        segment(b"MM\0*\xff\xff\xff\xff"),
+        segment(b"no TIFF at all"),
+    ],
+    ids=["byte", "text", "ratio", "bytes", "empty", "short", "astray", "foreign"],
+)
+def test_exif_of_another_form_is_no_obstacle(file, part):
+    path = file(with_segment(encoded(RGB), part))
+    assert header_size(path) == read(path).shape[:2]
+
+
+def test_bytes_after_the_end_of_a_whole_jpeg_are_no_obstacle(file):
+    jpeg = encoded(RGB)
+    for trailer in (b"\0" * 999, b"a film \xff\xda of the same second", jpeg[:-50]):
+        assert_close(read(file(jpeg + trailer)), by_pil(file(jpeg, "same.jpg")))
+
+
+# Reading what is not whole
+
+
+@pytest.fixture(params=["strict", "lenient"])
+def decoder(request, monkeypatch, tmp_path):
+    """OpenCV as it is, and as it decodes files: with grey pixels for what is missing."""
+
+    def lenient(buffer, flags):
+        (tmp_path / "buffer").write_bytes(buffer.tobytes())
+        return cv2.imread(str(tmp_path / "buffer"), flags)
+
+    if request.param == "lenient":
+        monkeypatch.setattr(cv2, "imdecode", lenient)
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "restarts", "PNG", "WEBP"])
+def test_a_file_cut_short_anywhere_is_unreadable(file, kind):
+    data = {
+        "baseline": lambda: encoded(RGB),
+        "progressive": lambda: encoded(RGB, progressive=True),
+        "restarts": lambda: encoded(RGB, restart_marker_blocks=1),
+        "PNG": lambda: encoded(RGB, "PNG"),
+        "WEBP": lambda: encoded(RGB, "WEBP"),
+    }[kind]()
+    read(file(data))
+    for length in {*range(1, len(data) - 12, 13), len(data) - 2}:
+        assert refused(file(data[:length])) in ("cut short", "not an image")
+    assert refused(file(data[: len(data) * 3 // 4])) in ("cut short", "not an image")
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_thumbnail_does_not_stand_in_for_a_picture_cut_after_it(file):
+    small = encoded(scene(20, 30))
+    first = struct.pack(">HHHII", 1, ORIENTATION, 3, 1, 1 << 16) + struct.pack(">I", 26)
+    second = struct.pack(">HHHII", 2, 0x0201, 4, 1, 56)
+    second += struct.pack(">HHII", 0x0202, 4, 1, len(small)) + struct.pack(">I", 0)
+    tiff = b"MM\0*\0\0\0\x08" + first + second + small
+    data = with_segment(encoded(scene(80, 120)), segment(tiff))
+    assert Image.open(io.BytesIO(tiff[56:])).size == (30, 20)  # where the entry says
+    assert read(file(data)).shape == (80, 120, 3)
+    end = data.find(small) + len(small)
+    cuts = [
+        end,
+        end + 1,
+        end + 40,
+        data.rfind(b"\xff\xda"),
+        data.rfind(b"\xff\xda") + 2,
+    ]
+    for length in [*cuts, data.rfind(b"\xff\xda") + 300, len(data) - 2]:
+        assert end <= length < len(data)
+        assert refused(file(data[:length])) in ("cut short", "not an image")
+
+
+def test_what_is_no_image_is_unreadable(file, tmp_path):
+    assert refused(file(b"")) == "empty"
+    assert refused(file(b"<html>404 Not Found</html>")) == "not an image"
+    assert refused(file(bytes(1000))) == "not an image"
+    assert refused(tmp_path / "none.jpg") == "No such file or directory"
+    assert refused(tmp_path) == "Is a directory"
+    (tmp_path / "none").mkdir()
+    for path in (
+        file(b""),
+        file(b"text", "t.jpg"),
+        tmp_path / "x.jpg",
+        tmp_path / "none",
+    ):
+        assert header_size(path) == (-1, -1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_header_that_claims_an_absurd_size_is_unreadable(file, kind):
+    data = bytearray(encoded(RGB, kind))
+    if kind == "JPEG":
+        at = data.find(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", 65000, 65000)
+    else:
+        data[16:24] = struct.pack(">II", 200_000, 200_000)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path = file(bytes(data))
+    refused(path)
+    assert header_size(path) == (-1, -1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about what is wrong here
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damage_is_reported_as_unreadable_and_as_nothing_else(file, kind):
+    tags = Image.Exif()
+    tags[ORIENTATION] = 6
+    whole = encoded(scene(20, 20), kind, exif=tags)
+    chance = random.Random(2021)
+    # not in a PNG's lengths: OpenCV reserves what they claim, gigabytes
+    first = whole.find(b"IDAT") + 4 if kind == "PNG" else 0
+    last = len(whole) - 16 if kind == "PNG" else min(len(whole), 300)
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            data[chance.randrange(first, last)] = chance.randrange(256)
+        path = file(bytes(data))
+        height, width = header_size(path)
+        assert (height > 0) == (width > 0)
+        try:
+            assert read(path).shape[2] == 3
+        except UnreadableImage:
+            pass
+
+
+def test_the_unreadable_real_photos_are_those_that_are_known(photos):
+    folder = photos / "packages"
+    with (folder / "odd_files.csv").open(newline="") as table:
+        odd = {row["id"]: row["kind"] for row in csv.DictReader(table)}
+    paths = sorted(folder.rglob("*.jpg"))
+    assert len(paths) == 2436
+
+    def shape(path):
+        try:
+            return read(path).shape
+        except UnreadableImage:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        shapes = dict(zip(paths, pool.map(shape, paths), strict=True))
+    bad = {path.stem for path, found in shapes.items() if found is None}
+    broken = {"truncated", "empty", "text"}
+    assert bad == {name for name, kind in odd.items() if kind in broken}
+    headless = {name for name in bad if odd[name] != "truncated"}
+    for path, found in shapes.items():
+        size = header_size(path)
+        if found:
+            assert size == found[:2] and found[2] == 3
+        else:
+            assert (size == (-1, -1)) == (path.stem in headless)
+
+
+# Headers
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_size_is_read_without_decoding(file, kind, tagged, monkeypatch):
+    tags = Image.Exif()
+    tags[ORIENTATION] = 1
+    path = file(encoded(RGB, kind, **({"exif": tags} if tagged else {})))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    assert header_size(path) == (40, 60)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_size_of_a_truncated_file_is_that_of_its_header(file, kind):
+    data = encoded(scene(400, 600), kind)
+    path = file(data[: len(data) // 2])
+    refused(path)
+    assert header_size(path) == (400, 600)
+
+
+# Thumbnails
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((400, 200), (160, 80)),
+        ((200, 400), (80, 160)),
+        ((100, 50), (100, 50)),
+        ((2, 900), (1, 160)),
+    ],
+)
+def test_a_thumbnail_fits_and_keeps_its_shape(file, size, expected):
+    image = thumbnail(file(encoded(scene(*size), "PNG")))
+    assert image.shape == (*expected, 3)
+    assert image.dtype == np.uint8
+
+
+def test_a_thumbnail_of_an_unreadable_file_is_grey(file):
+    image = thumbnail(file(b""), side=20)
+    assert image.shape == (20, 20, 3)
+    assert (image == 128).all()
+
+
+# A network's input
+
+SPEC = InputSpec(size=32, mean=(0.1, 0.5, 0.8), std=(0.2, 0.3, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"), [("resize", "squash, crop"), ("colour", "rgb, bgr")]
+)
+def test_an_unknown_rule_is_refused(field, choices):
+    with pytest.raises(ValueError) as error:
+        InputSpec(**{field: "other"})
+    assert str(error.value) == f"{field} 'other' is not one of {choices}"
+
+
+def test_normalise_matches_its_definition():
+    batch = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    before = batch.clone()
+    x = SPEC.normalise(batch)
+    assert x.dtype == torch.float32 and x.shape == batch.shape
+    for image in range(2):
+        for channel in range(3):
+            for row in range(4):
+                for column in range(5):
+                    value = batch[image, channel, row, column].item() / 255
+                    value = (value - SPEC.mean[channel]) / SPEC.std[channel]
+                    assert abs(x[image, channel, row, column].item() - value) < 1e-5
+    assert torch.equal(batch, before)
+
+
+SHAPES = [(32, 32), (64, 96), (50, 31), (7, 9), (1, 1), (3, 400), (400, 3), (33, 32)]
+ALL = Augment(flip=0.5, crop=0.3, pad=3, jitter=0.4, erase=0.5)
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_every_shape_becomes_a_square_of_bytes(size, resize, colour):
+    spec = replace(SPEC, resize=resize, colour=colour)
+    image = scene(*size)
+    before = image.copy()
+    outputs = [prepare(image, spec)]
+    outputs += [
+        augment(image, spec, how, np.random.default_rng(seed))
+        for how in (Augment(), ALL)
+        for seed in range(3)
+    ]
+    for output in outputs:
+        assert output.shape == (3, 32, 32)
+        assert output.dtype == np.uint8
+        assert output.flags["C_CONTIGUOUS"]
+    np.testing.assert_array_equal(image, before)
+
+
+def test_squashing_averages_the_area_of_each_pixel():
+    image = scene(64, 96)
+    expected = np.zeros((3, 32, 32))
+    for row in range(32):
+        for column in range(32):
+            area = image[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+            expected[:, row, column] = area.reshape(-1, 3).mean(axis=0)
+    output = prepare(image, SPEC)
+    assert np.abs(output - expected).max() <= 0.5 + 1e-3
+
+
+def test_an_image_of_the_right_size_stays_as_it_is():
+    image = scene(32, 32)
+    for resize in ("squash", "crop"):
+        output = prepare(image, replace(SPEC, resize=resize))
+        np.testing.assert_array_equal(output, image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 128), (50, 83), (83, 50), (31, 20), (10, 160)])
+def test_crop_takes_the_centre_square_and_squash_the_whole(size):
+    image, side = scene(*size), min(size)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    centre = image[top : top + side, left : left + side]
+    crop, squash = replace(SPEC, resize="crop"), replace(SPEC, resize="squash")
+    output = prepare(image, crop)
+    np.testing.assert_array_equal(output, prepare(centre, squash))
+    assert np.abs(output.astype(int) - prepare(image, squash)).max() > 5
+
+
+def test_a_sliver_is_squashed_whatever_the_rule_says():
+    crop, squash = replace(SPEC, resize="crop"), replace(SPEC, resize="squash")
+    for size in ((161, 10), (10, 161), (3, 400)):
+        output = prepare(scene(*size), crop)
+        np.testing.assert_array_equal(output, prepare(scene(*size), squash))
+
+
+def test_bgr_is_rgb_reversed():
+    image = scene(50, 70)
+    rgb, bgr = SPEC, replace(SPEC, colour="bgr", mean=SPEC.mean[::-1])
+    np.testing.assert_array_equal(prepare(image, bgr), prepare(image, rgb)[::-1])
+    for seed in range(5):
+        one, other = (
+            augment(image, spec, replace(ALL, erase=1), np.random.default_rng(seed))
+            for spec in (rgb, bgr)
+        )
+        np.testing.assert_array_equal(other, one[::-1])
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_only_the_flip_is_on_by_default(resize):
+    image, spec = scene(40, 60), replace(SPEC, resize=resize)
+    still = prepare(image, spec)
+    mirrored = 0
+    for seed in range(200):
+        output = augment(image, spec, Augment(), np.random.default_rng(seed))
+        turned = np.array_equal(output, still[:, :, ::-1])
+        assert turned or np.array_equal(output, still)
+        mirrored += turned
+    assert 70 < mirrored < 130
+
+
+def test_the_flip_has_its_probability():
+    image = scene(32, 32)
+    for seed in range(20):
+        for flip in (0.0, 1.0):
+            how = Augment(flip=flip)
+            output = augment(image, SPEC, how, np.random.default_rng(seed))
+            expected = image[:, ::-1] if flip else image
+            np.testing.assert_array_equal(output, expected.transpose(2, 0, 1))
+
+
+def test_a_padded_image_is_moved_and_filled_with_zeros():
+    image = np.maximum(scene(32, 32), 1)
+    big = np.zeros((36, 36, 3), np.uint8)
+    big[2:34, 2:34] = image
+    places = {
+        big[top : top + 32, left : left + 32].tobytes(): (top, left)
+        for top in range(5)
+        for left in range(5)
+    }
+    assert len(places) == 25
+    seen = set()
+    for seed in range(400):
+        how = Augment(flip=0, pad=2)
+        output = augment(image, SPEC, how, np.random.default_rng(seed))
+        seen.add(places[output.transpose(1, 2, 0).tobytes()])
+    assert len(seen) == 25
+
+
+@pytest.mark.parametrize("smallest", [0.2, 0.5, 0.9])
+def test_a_random_crop_keeps_the_share_and_the_aspect_that_are_asked_for(smallest):
+    across, down = np.meshgrid(np.arange(100), np.arange(100))
+    image = np.dstack([across, down, across * 0]).astype(np.uint8)
+    shares, corners = [], set()
+    for seed in range(300):
+        how = Augment(flip=0, crop=smallest)
+        spec = replace(SPEC, size=100)
+        output = augment(image, spec, how, np.random.default_rng(seed)).astype(int)
+        width, height = (np.ptp(output[channel]) + 1 for channel in (0, 1))
+        assert 3 / 4 <= (width + 0.5) / (height - 0.5)
+        assert (width - 0.5) / (height + 0.5) <= 4 / 3
+        shares.append((width + 0.5) * (height + 0.5) / 100**2)
+        corners.add((output[0].min(), output[1].min()))
+    assert min(shares) >= smallest
+    assert min(shares) < smallest + 0.3 * (1 - smallest)
+    assert max(shares) > 0.9
+    assert len(corners) > 20
+
+
+def test_jitter_changes_brightness_contrast_and_saturation_as_much_as_asked_for():
+    image = np.full((32, 32, 3), 80, np.uint8)
+    image[10:20] = 160
+    image[20:] = (160, 120, 80)  # the mean of all is 120
+    factors = []
+    for seed in range(300):
+        how = Augment(flip=0, jitter=0.3)
+        output = augment(image, SPEC, how, np.random.default_rng(seed)).astype(float)
+        low, high, colour = output[:, :10], output[:, 10:20], output[:, 20:]
+        assert np.ptp(low) <= 1 and np.ptp(high) <= 1  # grey stays grey
+        brightness = (high.mean() + low.mean()) / 240
+        contrast = (high.mean() - low.mean()) / 80 / brightness
+        saturation = (colour[0].mean() - colour[2].mean()) / (high.mean() - low.mean())
+        factors.append((brightness, contrast, saturation))
+    assert 0.7 - 0.03 <= np.min(factors, axis=0).min()
+    assert np.min(factors, axis=0).max() < 0.74
+    assert 1.26 < np.max(factors, axis=0).min()
+    assert np.max(factors, axis=0).max() <= 1.3 + 0.03
+    assert np.abs(np.corrcoef(np.array(factors).T) - np.eye(3)).max() < 0.25
+
+
+def test_jitter_never_wraps():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:] = (250, 130, 10)
+    for seed in range(50):
+        how = Augment(flip=0, jitter=0.9)
+        red, green, blue = augment(image, SPEC, how, np.random.default_rng(seed))
+        assert (red >= green).all() and (green >= blue).all()
+
+
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_erase_paints_one_rectangle_in_the_mean_colour(colour):
+    spec = replace(SPEC, size=64, colour=colour)
+    image = np.full((64, 64, 3), 255, np.uint8)
+    places, areas, aspects = set(), [], []
+    for seed in range(200):
+        how = Augment(flip=0, erase=1)
+        output = augment(image, spec, how, np.random.default_rng(seed))
+        rows, columns = np.nonzero((output != 255).any(axis=0))
+        top, left = rows.min(), columns.min()
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) == height * width  # a rectangle, filled
+        assert (height + 0.5) * (width + 0.5) >= 0.02 * 64 * 64
+        assert (height - 0.5) * (width - 0.5) <= 0.2 * 64 * 64
+        assert (height + 0.5) / (width - 0.5) >= 0.3
+        assert (height - 0.5) / (width + 0.5) <= 3.33
+        # nothing of the mean colour is left after normalising but the rounding
+        x = spec.normalise(torch.from_numpy(output)[None])[0]
+        painted = x[:, top : top + height, left : left + width]
+        rounding = 0.5 / 255 / torch.tensor(spec.std)[:, None, None] + 1e-6
+        assert (painted.abs() <= rounding).all()
+        places.add((top, left))
+        areas.append(height * width / 64 / 64)
+        aspects.append(height / width)
+    assert len(places) > 100
+    assert min(areas) < 0.04 and max(areas) > 0.17
+    assert min(aspects) < 0.5 and max(aspects) > 2.5
+
+
+def test_erase_has_its_probability():
+    image = np.full((32, 32, 3), 255, np.uint8)
+    erased = 0
+    for seed in range(200):
+        how = Augment(erase=0.5)
+        output = augment(image, SPEC, how, np.random.default_rng(seed))
+        erased += bool((output != 255).any())
+    assert 70 < erased < 130
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    image = scene(50, 70)
+    first = augment(image, SPEC, ALL, np.random.default_rng(7))
+    np.random.seed(1)
+    random.seed(1)
+    torch.manual_seed(1)
+    same = augment(image, SPEC, ALL, np.random.default_rng(7))
+    np.testing.assert_array_equal(first, same)
+    other = augment(image, SPEC, ALL, np.random.default_rng(8))
+    assert not np.array_equal(first, other)
+
+
+# Datasets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures and their paths; rows 2, 3 and 9 cannot be read."""
+    root = tmp_path / "root"
+    (root / "ü").mkdir(parents=True)
+    paths = [f"ü/{row}.jpg" for row in range(10)]
+    for row, path in enumerate(paths):
+        (root / path).write_bytes(encoded(scene(40, 50 + row, seed=row)))
+    (root / paths[2]).write_bytes(b"")
+    (root / paths[3]).unlink()
+    (root / paths[9]).write_bytes((root / paths[8]).read_bytes()[:-300])
+    return root, np.array(paths, dtype=object)
+
+
+def train_images(folder, seed=0, how=ALL):
+    root, paths = folder
+    return TrainImages(root, paths, np.arange(100, 110), SPEC, how, seed)
+
+
+def test_a_row_is_its_own_picture_and_label(folder):
+    data = train_images(folder, how=Augment(flip=0))
+    for row in (0, 1, 4, 5, 6, 7, 8):
+        image, label, unreadable = data[3, row]
+        expected = prepare(read(folder[0] / folder[1][row]), SPEC)
+        np.testing.assert_array_equal(image, expected)
+        assert (label, unreadable) == (100 + row, -1)
+        assert type(label) is int
+
+
+@pytest.mark.parametrize(("row", "instead"), [(2, 4), (3, 4), (9, 0)])
+def test_in_an_unreadable_files_place_stands_the_next_readable_row(
+    folder, row, instead
+):
+    data = train_images(folder, how=Augment(flip=0))
+    image, label, unreadable = data[0, row]
+    np.testing.assert_array_equal(image, data[0, instead][0])
+    assert (label, unreadable) == (100 + instead, row)
+
+
+def test_a_list_without_a_readable_image_is_refused(folder):
+    root, paths = folder
+    labels = np.zeros(3, np.int64)
+    data = TrainImages(root, paths[[2, 3, 9]], labels, SPEC, ALL, seed=0)
+    with pytest.raises(UnreadableImage) as error:
+        data[0, 1]
+    assert str(error.value) == f"{root}: none of the list's images can be read"
+
+
+def test_an_augmented_image_is_a_function_of_seed_epoch_and_row(folder):
+    keys = [(epoch, row) for epoch in (0, 1) for row in (0, 5)]
+    images = {}
+    for seed in (0, 1):
+        data = train_images(folder, seed)
+        forward = [data[key][0] for key in keys]
+        np.random.seed(seed)
+        again = train_images(folder, seed)
+        backward = [again[key][0] for key in reversed(keys)][::-1]
+        np.testing.assert_array_equal(forward, backward)
+        images |= {
+            (seed, *key): image for key, image in zip(keys, forward, strict=True)
+        }
+    assert len({image.tobytes() for image in images.values()}) == 8
+
+
+def test_rows_with_the_same_picture_are_augmented_differently(folder):
+    root, paths = folder
+    data = TrainImages(root, paths[[0, 0]], np.zeros(2, np.int64), SPEC, ALL, seed=0)
+    assert not np.array_equal(data[0, 0][0], data[0, 1][0])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(folder):
+    def batches(workers, start=0):
+        loader = DataLoader(
+            train_images(folder),
+            batch_sampler=Batches(10, 4, epochs=2, seed=0, start=start),
+            num_workers=workers,
+            worker_init_fn=in_worker,
+        )
+        return list(loader)
+
+    alone, together, resumed = batches(0), batches(2), batches(2, start=2)
+    assert len(alone) == len(together) == 6
+    assert len(resumed) == 4
+    pairs = [*zip(alone, together, strict=True), *zip(alone[2:], resumed, strict=True)]
+    for one, other in pairs:
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+    images, labels, unreadable = (
+        torch.cat(parts) for parts in zip(*alone, strict=True)
+    )
+    assert images.shape == (24, 3, 32, 32) and images.dtype == torch.uint8
+    assert set(unreadable.tolist()) == {-1, 2, 3, 9}
+    assert set(labels.tolist()) == {100, 101, 104, 105, 106, 107, 108}
+
+
+class Threads(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, row):
+        return torch.get_num_threads(), cv2.getNumThreads()
+
+
+def test_a_worker_has_one_thread():
+    loader = DataLoader(Threads(), num_workers=1, worker_init_fn=in_worker)
+    for threads in loader:
+        assert [int(count) for count in threads] == [1, 1]
+
+
+def test_evaluation_sees_every_row_once_and_says_which_are_unreadable(folder):
+    root, paths = folder
+    data = EvalImages(root, paths, SPEC)
+    assert len(data) == 10
+    for row in range(10):
+        image, fine = data[row]
+        assert fine is (row not in (2, 3, 9))
+        expected = (
+            prepare(read(root / paths[row]), SPEC) if fine else np.zeros_like(image)
+        )
+        np.testing.assert_array_equal(image, expected)
+        assert image.shape == (3, 32, 32) and image.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("length", "size"), [(0, 3), (1, 3), (6, 3), (7, 3), (2, 9)])
+def test_blocks_cover_the_range_in_order(length, size):
+    parts = list(blocks(length, size))
+    assert [row for part in parts for row in range(length)[part]] == list(range(length))
+    assert all(part.stop - part.start <= size for part in parts)
+    assert all(part.stop <= length for part in parts)
+    assert len(parts) == -(-length // size)

@@ -1,0 +1,333 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kit import __version__, files
+from kit.features import store
+from kit.features.store import Features
+
+ROOT = Path(__file__).resolve().parents[2]
+ABOUT = {
+    "model": {"name": "clean", "hash": "a" * 64},
+    "list": {"name": "index", "hash": "b" * 64},
+    "seen": {"c" * 64: "clean"},
+    "scales": [1.0],
+}
+# ids that look like numbers, out of order
+IDS = np.array(
+    ["123456789012e345", "0000000000012345", "ffffffffffffffff", "0059123412341234"]
+    + [f"{number:016x}" for number in (11, 2, 7, 9, 5, 8)]
+)
+
+
+def vectors_of(count: int, dim: int = 3) -> np.ndarray:
+    return 1 + np.arange(count * dim, dtype=np.float16).reshape(count, dim)
+
+
+def filled(folder: Path, ids=IDS, vectors=None, block: int = 4, about=ABOUT) -> Path:
+    """A complete store of `vectors`, written block by block."""
+    values = vectors_of(len(ids)) if vectors is None else vectors
+    store.create(folder, ids, values.shape[1], block, about)
+    maps, done = store.open_for_writing(folder)
+    maps[:] = values
+    maps.flush()
+    done[:] = 1
+    done.flush()
+    return store.finish(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "features" / "clean" / "index"
+
+
+# Creating, filling, going on
+
+
+def test_what_was_written_is_read(folder):
+    features = store.load(filled(folder))
+    assert features.ids.dtype == np.dtype("U16")
+    assert features.ids.tolist() == IDS.tolist()
+    assert isinstance(features.vectors, np.memmap)
+    assert features.vectors.dtype == np.float16
+    assert np.array_equal(features.vectors, vectors_of(10))
+    assert (len(features), features.dim) == (10, 3)
+    assert features.readable().all()
+
+
+def test_a_store_is_files_that_can_be_read_without_us(folder):
+    filled(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "done.npy",
+        "ids.npy",
+        "manifest.json",
+        "vectors.npy",
+    ]
+    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    assert arrays["ids"].dtype == np.dtype("U16")
+    assert arrays["vectors"].shape == (10, 3) and arrays["vectors"].flags.c_contiguous
+    assert arrays["done"].tolist() == [1, 1, 1]
+    assert files.read_json(folder / "manifest.json") == ABOUT | {
+        "rows": 10,
+        "dim": 3,
+        "block": 4,
+        "complete": True,
+        "unreadable": [],
+        "kit": __version__,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "blocks"), [(10, 4, 3), (8, 4, 2), (1, 4, 1), (9, 1, 9)]
+)
+def test_a_new_store_is_zeros_and_no_block_of_it_is_done(folder, rows, block, blocks):
+    done = store.create(folder, IDS[:rows], 3, block, ABOUT)
+    assert done.tolist() == [0] * blocks
+    vectors, marks = store.open_for_writing(folder)
+    assert vectors.shape == (rows, 3) and not vectors.any()
+    assert not marks.any()
+
+
+def test_a_store_of_the_same_facts_goes_on_where_it_stopped(folder):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    vectors, done = store.open_for_writing(folder)
+    vectors[4:8] = vectors_of(4)
+    done[1] = 1
+    del vectors, done
+    assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 1, 0]
+    vectors, _ = store.open_for_writing(folder)
+    assert np.array_equal(vectors[4:8], vectors_of(4))
+
+
+def test_a_finished_store_of_the_same_facts_stays_finished(folder):
+    filled(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [1, 1, 1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(store.load(folder)) == 10
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"about": ABOUT | {"model": {"name": "clean", "hash": "0" * 64}}},
+        {"about": ABOUT | {"list": {"name": "index", "hash": "0" * 64}}},
+        {"about": ABOUT | {"scales": [1.0, 0.7]}},
+        {"ids": IDS[:9]},
+        {"dim": 4},
+        {"block": 5},
+    ],
+    ids=["model", "list", "scales", "rows", "dim", "block"],
+)
+def test_a_store_of_other_facts_is_replaced(folder, changed):
+    filled(folder)
+    how = {"ids": IDS, "dim": 3, "block": 4, "about": ABOUT} | changed
+    done = store.create(folder, **how)
+    assert not done.any()
+    vectors, _ = store.open_for_writing(folder)
+    assert vectors.shape == (len(how["ids"]), how["dim"]) and not vectors.any()
+    assert np.load(folder / "ids.npy").tolist() == how["ids"].tolist()
+    with pytest.raises(ValueError, match="has not finished"):
+        store.load(folder)
+
+
+def test_a_store_that_was_killed_while_it_was_prepared_is_begun_again(folder):
+    filled(folder)
+    (folder / "manifest.json").unlink()  # it is written last
+    assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 0, 0]
+    assert not store.open_for_writing(folder)[0].any()
+
+
+def test_the_disk_s_blocks_are_taken_before_anything_is_written(folder):
+    store.create(folder, IDS.repeat(300), 512, 512, ABOUT)
+    stat = (folder / "vectors.npy").stat()
+    size = 3000 * 512 * 2
+    assert size < stat.st_size <= size + 256
+    assert stat.st_blocks * 512 >= stat.st_size
+    assert np.load(folder / "vectors.npy", mmap_mode="r").shape == (3000, 512)
+
+
+def test_a_disk_that_is_full_is_one_clear_line_and_leaves_no_store(folder):
+    filled(folder)  # an older store of other facts
+    code = f"""
+import resource, sys
+from pathlib import Path
+import numpy as np
+from kit.features import store
+
+folder = Path({str(folder)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    store.create(folder, np.arange(1000).astype("U16"), 512, 512, {{}})
+except OSError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    line = r"\[Errno 27\] no room for 0.00 GB of features \(File too large\): '(.*)'\n"
+    said = re.fullmatch(line, done.stderr)
+    assert said and said[1].startswith(str(folder)), done.stderr
+    assert list(folder.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="no features in"):
+        store.load(folder)
+
+
+def test_a_disk_that_fills_up_later_is_found_out_before_the_manifest(
+    folder, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.create(folder, IDS, 3, 4, ABOUT)
+    monkeypatch.undo()
+    assert not (folder / "manifest.json").exists()
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+    assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 0, 0]
+
+
+# Finishing
+
+
+def test_a_store_with_a_missing_block_is_not_finished_and_not_loaded(folder):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    vectors, done = store.open_for_writing(folder)
+    vectors[:] = 1
+    done[:2] = 1
+    with pytest.raises(RuntimeError, match="blocks are missing; run 03_extract"):
+        store.finish(folder)
+    with pytest.raises(ValueError, match="extraction has not finished; run 03_extract"):
+        store.load(folder)
+    done[2] = 1
+    store.finish(folder)
+    assert len(store.load(folder)) == 10
+
+
+def test_rows_of_zeros_are_those_that_could_not_be_read(folder):
+    vectors = vectors_of(10)
+    vectors[[1, 9]] = 0
+    vectors[3, :2] = 0  # one number is enough
+    features = store.load(filled(folder, vectors=vectors))
+    assert features.manifest["unreadable"] == [IDS[1], IDS[9]]
+    expected = [row not in (1, 9) for row in range(10)]
+    assert features.readable().tolist() == expected
+
+
+def test_unreadable_rows_are_found_in_stores_of_any_length(folder):
+    count = 2 * 65_536 + 3
+    ids = np.char.mod("%d", np.arange(count))
+    vectors = np.ones((count, 1), np.float16)
+    zero = [0, 65_535, 65_536, 131_071, 131_072, count - 1]
+    vectors[zero] = 0
+    features = store.load(filled(folder, ids, vectors, block=65_536))
+    assert features.manifest["unreadable"] == [str(row) for row in zero]
+    assert np.flatnonzero(~features.readable()).tolist() == zero
+
+
+# Reading
+
+
+def test_missing_features_say_how_to_make_them(folder):
+    with pytest.raises(FileNotFoundError, match="no features in .*03_extract_features"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("vectors.npy", np.ones((10, 4), np.float16)),
+        ("vectors.npy", np.ones((9, 3), np.float16)),
+        ("ids.npy", IDS[:9]),
+    ],
+)
+def test_files_that_the_manifest_does_not_describe_are_refused(folder, name, array):
+    np.save(filled(folder) / name, array)
+    with pytest.raises(ValueError, match="not those that manifest.json describes"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "ids.npy"])
+def test_a_file_cut_short_is_refused(folder, name):
+    path = filled(folder) / name
+    os.truncate(path, path.stat().st_size - 2)
+    with pytest.raises(ValueError):
+        store.load(folder)
+
+
+def test_pickled_arrays_are_not_loaded(folder):
+    np.save(filled(folder) / "ids.npy", IDS.astype(object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        store.load(folder)
+
+
+def test_features_of_another_list_or_model_are_refused(folder):
+    features = store.load(filled(folder))
+    assert store.expect(features) is features
+    same = store.expect(features, list_hash="b" * 64, model_hash="a" * 64)
+    assert same is features
+    expected = "^features of list index: hash bbbbbbbbbbbb is not the expected 0000000"
+    with pytest.raises(ValueError, match=expected):
+        store.expect(features, list_hash="0" * 64, model_hash="a" * 64)
+    expected = "^features of model clean: hash aaaaaaaaaaaa is not the expected 000000"
+    with pytest.raises(ValueError, match=expected):
+        store.expect(features, list_hash="b" * 64, model_hash="0" * 64)
+
+
+@pytest.fixture
+def features():
+    return Features(IDS, vectors_of(10), ABOUT | {"unreadable": []})
+
+
+def test_find_gives_the_rows_of_ids_in_their_order(features):
+    wanted = IDS[[9, 0, 3, 3, 7]]
+    assert features.find(wanted).tolist() == [9, 0, 3, 3, 7]
+    assert features.find(IDS).tolist() == list(range(10))
+    assert features.find(IDS[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    "strange",
+    ["0000000000000000", "gggggggggggggggg", "12345", "00000000000123450", "0" * 15],
+)
+def test_find_refuses_an_id_that_is_not_there_and_counts(features, strange):
+    wanted = np.array([IDS[4], strange, IDS[0], "8" * 16])
+    message = f"^features of list index have no image {strange} \\(2 missing\\)$"
+    with pytest.raises(ValueError, match=message):
+        features.find(wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9, 10, 11, 1000])
+def test_blocks_cover_the_rows_in_order_whatever_their_size(features, size):
+    blocks = list(features.blocks(size=size))
+    assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert 0 < len(blocks[-1]) <= size
+    assert all(block.dtype == torch.float32 for block in blocks)
+    assert torch.equal(torch.cat(blocks), torch.from_numpy(vectors_of(10)).float())
+
+    rows = np.array([7, 0, 0, 9, 3])
+    blocks = list(features.blocks(rows, size))
+    assert all(0 < len(block) <= size for block in blocks)
+    assert torch.equal(
+        torch.cat(blocks), torch.from_numpy(vectors_of(10)[rows]).float()
+    )
+
+
+def test_blocks_are_copies(folder):
+    features = store.load(filled(folder))
+    for block in features.blocks(size=4):
+        block.zero_()
+    assert np.array_equal(store.load(folder).vectors, vectors_of(10))
