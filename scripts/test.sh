@@ -8,4 +8,5 @@ if [ "${1:-}" = --all ]; then
 fi
 .venv/bin/ruff check
 .venv/bin/ruff format --check
-.venv/bin/python -m pytest "${slow[@]}" "$@"
+# tests are small: threads of one process only get in the way of the others
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest "${slow[@]}" "$@"

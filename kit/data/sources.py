@@ -52,9 +52,7 @@ def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
         UnicodeDecodeError,
     ) as error:
         raise ValueError(f"{path}: not a CSV file ({str(error).strip()})") from None
-    if not isinstance(
-        table.index, pd.RangeIndex
-    ):  # pandas made the first column an index
+    if table.index.dtype != np.int64:  # pandas made the first column its index
         raise ValueError(
             f"{path}: not a CSV file (its lines are longer than the header)"
         )
