@@ -257,10 +257,10 @@ def test_charts_neither_depend_on_the_style_in_use_nor_change_it():
 def test_matplotlib_waits_for_the_first_chart_and_pyplot_is_left_alone():
     code = (
         "import sys\nfrom kit.report import page\nassert 'matplotlib' not in sys.modules\n"
-        "report.gain_chart(['a'], [0.1], [0.2])\n"
+        "page.gain_chart(['a'], [0.1], [0.2])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 

@@ -116,10 +116,11 @@ def test_the_learning_rate_follows_the_published_cosine(warmup):
 
 
 def test_training_lowers_the_loss_and_leaves_a_whole_checkpoint(job):
-    folder = stage.run(dataclasses.replace(job, stage=change(FIRST, epochs=8)))
+    plan = change(FIRST, epochs=12, batch=9, crop=1.0, jitter=0.0, erase=0.0)
+    folder = stage.run(dataclasses.replace(job, stage=plan))
     log = checkpoints.read_log(folder)
-    assert np.mean(log["loss"][-5:]) < 0.6 * np.mean(log["loss"][:5])
-    assert log["step"] == list(range(1, 8 * 5 + 1))  # 18 images, batches of 4
+    assert np.mean(log["loss"][-4:]) < 0.6 * np.mean(log["loss"][:4])
+    assert log["step"] == list(range(1, 12 * 2 + 1))  # 18 images
     names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {
         *("model.safetensors", "model.json", "head.safetensors"),
@@ -279,9 +280,6 @@ def run_ranks(job: Job) -> bytes:
 
 def test_two_processes_train_one_model_and_resume_to_the_same_bits(job, tmp_path):
     whole = run_ranks(dataclasses.replace(job, runs=tmp_path / "whole"))
-    state = checkpoints.save_state
-
-    # one process interrupted at step 4 leaves a state that two processes cannot know apart
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -299,7 +297,6 @@ def test_two_processes_train_one_model_and_resume_to_the_same_bits(job, tmp_path
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert state is checkpoints.save_state
     assert run_ranks(job) == whole
 
 
