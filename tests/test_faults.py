@@ -81,6 +81,14 @@ def test_a_pipeline_killed_anywhere_ends_with_the_same_bits(data, tmp_path):
     assert not ours(str(tmp_path))
 
 
+def test_the_list_shows_every_step_and_runs_none(data, tmp_path):
+    done = run(data, tmp_path / "work", "--list")
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names[:3] == ["step", "00_image_lists", "02_train_clean"]
+    assert names[-1] == "05_submission"
+    assert done.returncode == 0 and not (tmp_path / "work" / "lists").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kit import pipeline, plan
-from kit.answers import metrics, submission
+from kit.answers import metrics, retrieval, submission
 from kit.data import lists, toy
 from kit.features import store
 
@@ -158,7 +158,9 @@ def test_a_leaky_reference_is_refused_unless_it_is_called_optimistic(tiny, tmp_p
     )
 
 
-def test_features_are_the_same_from_two_processes(tiny, tmp_path):
+def test_two_processes_extract_the_same_features_and_find_the_same_images(
+    tiny, tmp_path
+):
     twice = pipeline.Step(
         "twice",
         ROOT / "notebooks" / "03_extract_features.ipynb",
@@ -174,10 +176,15 @@ def test_features_are_the_same_from_two_processes(tiny, tmp_path):
         },
     )
     pipeline.run([twice], tmp_path / "steps")
-    for name in ("query", "index"):
-        one, two = (
-            store.load(folder / "c2x" / name)
-            for folder in (tiny.features, tmp_path / "features")
-        )
-        assert np.array_equal(one.ids, two.ids)
-        assert np.abs(one.vectors.astype(float) - two.vectors).max() < 1e-3
+    query, index = (lists.load(tiny.lists, name) for name in ("query", "index"))
+    one, two = (
+        retrieval.part(folder / "c2x", query, index)
+        for folder in (tiny.features, tmp_path / "features")
+    )
+    for ours, theirs in ((one.query, two.query), (one.index, two.index)):
+        assert np.array_equal(ours.ids, theirs.ids)
+        gap = np.abs(ours.vectors.astype(float) - theirs.vectors)
+        assert gap.max() < 1e-3
+    (scores, rows), (again, others) = (retrieval.rank([part]) for part in (one, two))
+    differ = rows != others
+    assert not differ.any() or (scores - again)[differ].abs().max() < 2e-3

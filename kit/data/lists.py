@@ -321,7 +321,7 @@ def describe(folder: Path) -> pd.DataFrame:
             "without label": [a["without label"] for a in about],
             "dropped": [
                 "; ".join(
-                    f"{count} {reason}"
+                    f"{reason}: {count}"
                     for reason, count in a["dropped"].items()
                     if count
                 )

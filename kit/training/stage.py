@@ -212,6 +212,7 @@ class _Training:
         self.half = nets.half_precision(rank.device)
         self.scaler = torch.amp.GradScaler(enabled=self.half == torch.float16)
         self.done, self.rows, self.unreadable = 0, [], set()
+        self.losses: list[Tensor] = []  # since the last line of the log
         self.dataset = TrainImages(
             job.data,
             rows["path"].to_numpy(),
@@ -241,6 +242,7 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.done, self.rows = state["step"], state["log"]
+        self.losses = list(state["losses"].to(self.rank.device))
         if self.rank.main:
             self.unreadable = set(state["unreadable"])  # of all ranks
             log.info("stage %s goes on from step %d", self.job.stage.name, self.done)
@@ -273,11 +275,11 @@ class _Training:
         clock, since = time.monotonic(), self.done
         for images, labels, unreadable in loader:
             self.unreadable.update(unreadable[unreadable >= 0].tolist())
-            loss = self._update(module, images, labels)
+            self.losses.append(self._update(module, images, labels))
             self.done += 1
             last = self.done == steps
             if last or self.done % job.log_every == 0:
-                self._report(loss, since, clock)
+                self._report(since, clock)
                 clock, since = time.monotonic(), self.done
             if not last and self.done % job.save_every == 0:
                 self._save_state()
@@ -301,18 +303,19 @@ class _Training:
         self.scaler.update()
         return loss.detach()
 
-    def _report(self, loss: Tensor, since: int, clock: float) -> None:
+    def _report(self, since: int, clock: float) -> None:
         """Every rank: the mean loss, a check of it, and the share of unreadable files."""
         stage, world = self.job.stage, self.rank.world
-        facts = torch.stack(
-            [loss.double(), loss.new_tensor(len(self.unreadable)).double()]
-        )
+        loss = torch.stack(self.losses).double().mean()
+        self.losses = []
+        facts = torch.stack([loss, loss.new_tensor(len(self.unreadable))])
         if world > 1:
             dist.all_reduce(facts)
         mean, unreadable = facts[0].item() / world, int(facts[1].item())
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"stage {stage.name}: the loss is {mean} at step {self.done}; lower lr or raise warmup"
+                f"stage {stage.name}: the loss is {mean} by step {self.done}; "
+                "lower lr or raise warmup"
             )
         if unreadable > stage.max_unreadable * len(self.ids):
             examples = b", ".join(self.ids[sorted(self.unreadable)[:5]]).decode()
@@ -356,6 +359,9 @@ class _Training:
                 "scaler": self.scaler.state_dict(),
                 "step": self.done,
                 "log": self.rows,
+                "losses": torch.stack(self.losses).cpu()
+                if self.losses
+                else torch.empty(0),
                 "unreadable": unreadable,
             }
             checkpoints.save_state(self.job.folder, self.config, state)

@@ -480,7 +480,7 @@ def test_describe_has_a_line_for_every_list(gldv2, out):
     table = lists.describe(out)
     assert dict(zip(table["list"], table["rows"], strict=True)) == counts
     c2x = table.set_index("list").loc["c2x"]
-    assert c2x["dropped"] == "5 landmark is not in the clean list"
+    assert c2x["dropped"] == "landmark is not in the clean list: 5"
     assert (c2x["labels"], c2x["without label"]) == (3, 0)
 
 
