@@ -27,6 +27,7 @@ class Step:
     parameters: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()  # earlier steps whose results it reads
     outputs: tuple[Path, ...] = ()  # must exist when it ends; under FOLDER/..
+    inputs: tuple[Path, ...] = ()  # files whose content decides the result
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def _fingerprint(step: Step, fingerprints: dict[str, str]) -> str:
     cells = files.read_json(step.notebook)["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     after = {name: fingerprints[name] for name in step.after}
-    return files.fingerprint([code, step.parameters, after])
+    inputs = {str(path): files.sha256(path) for path in step.inputs if path.exists()}
+    return files.fingerprint([code, step.parameters, after, inputs])
 
 
 def _status(step: Step, folder: Path, fingerprint: str) -> Status:

@@ -27,6 +27,17 @@ class Run:
     save_every: int = 50  # steps
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_gpus", 1), ("workers", 0), ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, not at least {least}"
+                )
+
+    @property
+    def answers(self) -> Path:
+        return self.work / "answers" / self.recipe
+
     @property
     def folder(self) -> Path:
         """Executed notebooks and their markers."""
@@ -46,19 +57,19 @@ class Run:
 
     @property
     def chain(self) -> Path:
-        return self.work / "chain.json"
+        return self.answers / "chain.json"
 
     @property
     def gains(self) -> Path:
-        return self.work / "gains.csv"
+        return self.answers / "gains.csv"
 
     @property
     def submission(self) -> Path:
-        return self.work / "submission.csv"
+        return self.answers / "submission.csv"
 
     @property
     def report(self) -> Path:
-        return self.work / "report.html"
+        return self.answers / "report.html"
 
 
 def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
@@ -66,6 +77,9 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
     recipe = recipes.get(run.recipe)
     for name, fields in run.overrides.items():  # refused here, before anything runs
         change(recipe.stage(name), **fields)
+    index = "index_val" if run.index_ids else INDEX
+    trained_on = dict.fromkeys(stage.images for stage in recipe.stages)
+    wanted = [*trained_on, QUERY, index, HOLDOUT, "solution"]
     lists = Step(
         "00_image_lists",
         notebooks / "00_image_lists.ipynb",
@@ -76,8 +90,10 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
             "lists_folder": str(run.lists),
             "continents": str(continents),
             "index_ids": run.index_ids,
+            "wanted": wanted,
         },
         outputs=(run.lists,),
+        inputs=_inputs(run, continents),
     )
     machine = {
         "recipe": run.recipe,
@@ -88,7 +104,6 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
         "workers": run.workers,
     }
     trained = [_train(run, stage, notebooks, machine) for stage in recipe.stages]
-    index = "index_val" if run.index_ids else INDEX
     models = [stage.name for stage in reversed(recipe.stages)]
     shown = [QUERY, index]
     extracted = [
@@ -127,11 +142,19 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
             "out": str(run.submission),
             "report_path": str(run.report),
             "runs": str(run.runs),
+            "data": str(run.data),
         },
         (tuned.name,),
         (run.submission,),
     )
     return [lists, *trained, *extracted, tuned, submitted]
+
+
+def _inputs(run: Run, continents: Path) -> tuple[Path, ...]:
+    """The small files that decide the lists: their content counts, not their path."""
+    named = [continents, *(Path(name) for name in (run.table, run.index_ids) if name)]
+    tables = [*run.data.glob("*/*.csv"), *run.data.glob("train/country/*.json")]
+    return tuple(named + (sorted(tables) if run.layout == "gldv2" else []))
 
 
 def _train(run: Run, stage: Stage, notebooks: Path, machine: dict[str, Any]) -> Step:

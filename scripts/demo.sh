@@ -5,9 +5,9 @@ set -euo pipefail
 data= work= rest=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --data) data=$(cd "$2" && pwd) && shift 2 ;;
-    --work) mkdir -p "$2" && work=$(cd "$2" && pwd) && shift 2 ;;
-    *) rest+=("$1") && shift ;;
+    --data) data=$(realpath -e -- "$2"); shift 2 ;;
+    --work) work=$(realpath -m -- "$2"); shift 2 ;;
+    *) rest+=("$1"); shift ;;
     esac
 done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

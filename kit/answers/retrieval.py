@@ -16,7 +16,7 @@ from kit.features import search, store
 from kit.features.store import Features
 from kit.rerank.landmark_country import NONE, Tags, Weights, bonus, vote
 
-QUERIES, INDEX = 256, 32_768  # a block of scores: 34 MB in float32
+QUERIES, INDEX = 256, 16_384  # ranked at a time: about 190 MB with what top needs
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ def part(
     store.expect(query_features, list_hash=query.hash)
     index_features = store.load(folder / index.name)
     store.expect(index_features, list_hash=index.hash, model_hash=model)
+    _refuse_other_views(query_features, index_features)
     if reference is None:
         return Part(query_features, index_features)
     references = store.load(folder / reference.name)
     store.expect(references, list_hash=reference.hash, model_hash=model)
+    _refuse_other_views(query_features, references)
     voters = reference.rows["label"].to_numpy() >= 0
     rows = references.find(reference.ids)
     voters &= references.readable()[rows]
@@ -65,6 +67,15 @@ def part(
         votes,
     )
     return Part(query_features, index_features, tags=tags)
+
+
+def _refuse_other_views(ours: Features, theirs: Features) -> None:
+    for name in ("scales", "flip"):
+        if ours.manifest.get(name) != theirs.manifest.get(name):
+            raise ValueError(
+                f"features of {ours.manifest['list']['name']} and "
+                f"{theirs.manifest['list']['name']} were made with different {name}"
+            )
 
 
 def tag(

@@ -11,17 +11,26 @@ from kit.data.sources import read_csv
 LIMIT = 100  # index images a query
 
 
-def write(path: Path, query_ids: np.ndarray, ranked: np.ndarray) -> Path:
-    """query_ids: (Q,); ranked: (Q, k) ids, best first, empty ones left out."""
+def write(
+    path: Path,
+    query_ids: np.ndarray,
+    ranked: np.ndarray,
+    asked: Iterable[str] | None = None,
+    index_ids: Iterable[str] | None = None,
+) -> Path:
+    """query_ids: (Q,); ranked: (Q, k) ids, best first, empty ones left out.
+
+    With the ids that were asked the file is checked before it replaces an older one.
+    """
     if len(query_ids) != len(ranked):
         raise ValueError(f"{len(query_ids)} queries, but {len(ranked)} rankings")
-    with (
-        files.replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-    ):
-        file.write("id,images\n")
-        for query, images in zip(query_ids, ranked, strict=True):
-            file.write(f"{query},{' '.join(filter(None, images.tolist()))}\n")
+    with files.replacing(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write("id,images\n")
+            for query, images in zip(query_ids, ranked, strict=True):
+                file.write(f"{query},{' '.join(filter(None, images.tolist()))}\n")
+        if asked is not None:
+            check(temporary, asked, index_ids)
     return path
 
 

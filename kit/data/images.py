@@ -7,7 +7,6 @@ and submission read it only from there.
 import math
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,9 +290,3 @@ def in_worker(_: int) -> None:
     """One thread a loader worker: they share the cores with the network."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def blocks(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(length)."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))

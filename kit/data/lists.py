@@ -45,7 +45,6 @@ class ImageList:
 
     name: str
     rows: pd.DataFrame  # columns of COLUMNS
-    root: Path  # the data folder that `path` starts from
     hash: str  # SHA-256 of the CSV
 
     def __len__(self) -> int:
@@ -78,12 +77,14 @@ def build(
     *,
     index_ids: Path | None = None,
     sizes: bool = True,
+    wanted: Sequence[str] = (),
 ) -> dict[str, int]:
     """Writes every list that `facts` allow into `out`; returns the number of rows by name.
 
     data: the folder that paths start from. index_ids: a file with the ids of a competition's
     smaller index, one a line; `index_val` then holds them and every positive, and is what the
     holdout lists stay clear of. sizes: read heights and widths from the images' headers.
+    wanted: names that must come out, `solution` among them, or nothing is written.
     """
     if continents is not None:
         unknown = sorted(set(facts.country) - set(continents))
@@ -96,6 +97,12 @@ def build(
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
         raise ValueError(f"{data}: no image in any list")
+    made = {*tables, *(["solution"] if len(facts.solution) else [])}
+    missing = [name for name in wanted if name not in made]
+    if missing:
+        raise ValueError(
+            f"{data} gives no list {', '.join(missing)}; it gives {', '.join(sorted(made))}"
+        )
     shapes = _sizes(tables, data) if sizes else None
     counts = {}
     for name, table in tables.items():
@@ -200,7 +207,7 @@ def _finish(
     table: pd.DataFrame,
     country: np.ndarray,
     continents: Mapping[str, str] | None,
-    shapes: Mapping[str, tuple[int, int]] | None,
+    shapes: pd.DataFrame | None,  # height and width by path
 ) -> pd.DataFrame:
     label = table["label"].to_numpy(dtype=np.int64)
     place = np.append(country, "")[label]  # -1 takes the last, empty one
@@ -217,28 +224,24 @@ def _finish(
             "continent": [(continents or {}).get(code, "") for code in place],
         }
     )
-    sizes = (
-        [shapes[path] for path in rows["path"]] if shapes else [(-1, -1)] * len(rows)
-    )
-    rows["height"], rows["width"] = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    rows["height"], rows["width"] = -1, -1
+    if shapes is not None:
+        rows[["height", "width"]] = shapes.loc[rows["path"]].to_numpy()
     return rows
 
 
-def _sizes(
-    tables: Mapping[str, pd.DataFrame], data: Path
-) -> dict[str, tuple[int, int]]:
+def _sizes(tables: Mapping[str, pd.DataFrame], data: Path) -> pd.DataFrame:
     """Height and width by path, every header read once."""
-    paths = sorted(set().union(*(table["path"] for table in tables.values())))
+    paths = pd.concat([table["path"] for table in tables.values()]).unique()
+    sizes = np.empty((len(paths), 2), dtype=np.int32)
     with ThreadPoolExecutor(16) as pool:  # waits for the disk most of the time
-        return dict(
-            zip(
-                paths,
-                pool.map(
-                    lambda path: images.header_size(data / path), paths, chunksize=64
-                ),
-                strict=True,
-            )
-        )
+        for start in range(
+            0, len(paths), 10_000
+        ):  # a future for each of millions weighs
+            some = paths[start : start + 10_000]
+            found = pool.map(lambda path: images.header_size(data / path), some)
+            sizes[start : start + len(some)] = list(found)
+    return pd.DataFrame(sizes, index=paths)
 
 
 def _write(
@@ -303,7 +306,7 @@ def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> Im
     rows = pd.read_csv(
         path, dtype=COLUMNS, keep_default_na=False, usecols=list(columns)
     )
-    return ImageList(name, rows, Path(about["root"]), about["hash"])
+    return ImageList(name, rows, about["hash"])
 
 
 def describe(folder: Path) -> pd.DataFrame:
@@ -352,9 +355,8 @@ def leaks(seen: Mapping[str, str], folder: Path, searched: ImageList) -> dict[st
         if digest not in here:
             found[name] = -1
             continue
-        common = forbidden.intersection(
-            pd.read_csv(folder / f"{here[digest]}.csv", usecols=["id"], dtype=str)["id"]
-        )
+        there = load(folder, here[digest], ("id",))
+        common = forbidden.intersection(there.rows["id"])
         if common:
             found[name] = len(common)
     return found

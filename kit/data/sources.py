@@ -6,6 +6,7 @@ train and index number their landmarks differently.
 
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -89,15 +90,17 @@ def category_name(text: str) -> str:
     return unquote(text.rpartition("Category:")[2]).replace("_", " ").strip()
 
 
-def read(data: Path, layout: str = "gldv2", table: Path = Path("table.csv")) -> Facts:
+def read(data: Path, layout: str = "gldv2", table: str = "") -> Facts:
     """layout: `gldv2` (official CSVs), `csv` (`table`: path,label[,group,split]) or `folders`."""
     readers = {
         "gldv2": lambda: official(data),
-        "csv": lambda: from_csv(table, data),
+        "csv": lambda: from_csv(Path(table), data),
         "folders": lambda: from_folders(data),
     }
     if layout not in readers:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(readers)}")
+    if layout == "csv" and not table:
+        raise ValueError("layout csv needs a table: the file path,label[,group,split]")
     return readers[layout]()
 
 
@@ -110,6 +113,10 @@ def official(data: Path) -> Facts:
         found = read_csv(data / name, columns)
         if found.empty:
             raise ValueError(f"{data / name}: no rows")
+        for column in columns:
+            if (gap := found[column] == "").any():
+                line = int(gap.idxmax()) + 2
+                raise ValueError(f"{data / name}: line {line} has no {column}")
         sources[name] = len(found)
         return found
 
@@ -150,6 +157,8 @@ def official(data: Path) -> Facts:
     country = _countries(data / "train/country", landmarks, notes)
     for rows in (train, index, query):
         _refuse_wrong_root(rows, data)
+    everything = pd.concat([train["id"], index["id"], query["id"]], ignore_index=True)
+    _refuse_repeats(everything, data)  # one image in two splits would leak
     return Facts(train, clean, index, query, solution, country, sources, notes)
 
 
@@ -269,7 +278,13 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
     Without these splits every `held_out`-th class is kept from training (0: none is); a quarter of
     its images (at least one) are queries and the others the index.
     """
-    split_up = all((root / split).is_dir() for split in SPLITS)
+    missing = [split for split in SPLITS if not (root / split).is_dir()]
+    split_up = not missing
+    if 0 < len(missing) < len(SPLITS):
+        raise FileNotFoundError(
+            f"{root}: no folder {', '.join(missing)} beside the other splits; "
+            f"give all of {', '.join(SPLITS)}, or one folder a class"
+        )
     folders = sorted(p for p in root.glob("*/*" if split_up else "*") if p.is_dir())
     found = []
     for number, folder in enumerate(folders):
@@ -294,7 +309,12 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     """path, label, group, split of every image -> facts; labels as they appear."""
     if table.empty:
         raise ValueError(f"{source}: no rows")
-    _refuse_repeats(table["path"], source)
+    paths = table["path"].map(posixpath.normpath)  # one photo has one spelling
+    foreign = paths[paths.str.startswith(("/", ".."))]
+    if len(foreign):
+        raise ValueError(f"{source}: {foreign.iloc[0]} is not a path inside {root}")
+    table = table.assign(path=paths)
+    _refuse_repeats(paths, source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
     hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
     table = table.assign(id=hashes)

@@ -44,6 +44,7 @@ class Job:
         1.0,
     )  # of the input side; embeddings are summed (2021)
     flip: bool = False  # add the mirrored image's embedding
+    max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
 
     def write(self) -> Path:
         values = asdict(self) | {name: str(getattr(self, name)) for name in _PATHS}
@@ -60,9 +61,11 @@ _PATHS = ("model", "lists", "data", "out")
 
 
 def untrained(config: nets.NetConfig, folder: Path) -> Path:
-    """Saves the pretrained backbone with its pooling and no neck: where every recipe starts from."""
-    if not (folder / "model.json").exists():
-        nets.save(nets.build(replace(config, neck="none")), folder, seen={})
+    """Saves the pretrained backbone, pooled and without a neck: where a recipe starts."""
+    config = replace(config, neck="none")
+    about = folder / "model.json"
+    if not about.exists() or nets.load(folder).config != config:
+        nets.save(nets.build(config), folder, seen={})
     return folder
 
 
@@ -109,15 +112,17 @@ def run(job: Job) -> Path:
                 store.create(job.out, ids, about["dim"], BLOCK, manifest)
             if rank.world > 1:
                 dist.barrier()
-            _fill(job, paths, rank)
+            _fill(job, ids, paths, rank)
             if rank.world > 1:
                 dist.barrier()
             if rank.main:
-                store.finish(job.out)
+                missing = store.finish(job.out, job.max_unreadable)
+                if missing:
+                    log.info("%s: %d images cannot be read", job.images, missing)
     return job.out
 
 
-def _fill(job: Job, paths: np.ndarray, rank: launch.Rank) -> None:
+def _fill(job: Job, ids: np.ndarray, paths: np.ndarray, rank: launch.Rank) -> None:
     vectors, done = store.open_for_writing(job.out)
     # a fixed share of all blocks: what others finish in the meantime must not shift it
     todo = [int(b) for b in range(rank.rank, len(done), rank.world) if not done[b]]
@@ -146,6 +151,12 @@ def _fill(job: Job, paths: np.ndarray, rank: launch.Rank) -> None:
         with torch.autocast(rank.device.type, half, enabled=half is not None):
             found = embed(
                 net, images.to(rank.device, non_blocking=True), job.scales, job.flip
+            )
+        if not torch.isfinite(found).all():
+            name = ids[batch.start + int((~torch.isfinite(found).all(1)).nonzero()[0])]
+            raise FloatingPointError(
+                f"{job.model}: the embedding of {name} is not finite; its weights or "
+                "its half precision are at fault"
             )
         vectors[batch.start : batch.stop] = (
             found.cpu().numpy() * readable.numpy()[:, None]

@@ -1,9 +1,11 @@
-"""Exact nearest rows by inner product, block by block: memory does not grow with the database."""
+"""Exact nearest rows by inner product, block by block, in memory that does not grow."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+QUERIES = 256  # at a time: with a block of 16,384 rows this takes 190 MB
 
 
 def knn(queries: Tensor, database: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -14,23 +16,31 @@ def knn(queries: Tensor, database: Iterable[Tensor], k: int) -> tuple[Tensor, Te
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    scores = queries.new_empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    chunks = queries.split(QUERIES)
+    best = [
+        (chunk.new_empty(len(chunk), 0), torch.empty(len(chunk), 0, dtype=torch.long))
+        for chunk in chunks
+    ]
     first = 0
     for block in database:
         if block.shape[1] != queries.shape[1]:
             raise ValueError(
-                f"queries have {queries.shape[1]} dimensions, the database {block.shape[1]}"
+                f"queries have {queries.shape[1]} dimensions, "
+                f"the database {block.shape[1]}"
             )
+        columns = block.to(queries).T
         here = torch.arange(first, first + len(block), device=queries.device)
-        scores = torch.cat([scores, queries @ block.to(queries).T], dim=1)
-        rows = torch.cat([rows, here.expand(len(queries), -1)], dim=1)
-        scores, at = top(scores, k)
-        rows = rows.gather(1, at)
+        for place, chunk in enumerate(chunks):
+            scores, rows = best[place]
+            scores = torch.cat([scores, chunk @ columns], dim=1)
+            rows = torch.cat([rows.to(here), here.expand(len(chunk), -1)], dim=1)
+            scores, at = top(scores, k)
+            best[place] = scores, rows.gather(1, at)
         first += len(block)
     if not first:
         raise ValueError("the database has no rows")
-    return scores, rows
+    scores, rows = zip(*best, strict=True)
+    return torch.cat(scores), torch.cat(rows)
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

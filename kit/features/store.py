@@ -54,7 +54,7 @@ class Features:
         return ~np.isin(self.ids, np.array(self.manifest["unreadable"], dtype="U16"))
 
     def blocks(
-        self, rows: np.ndarray | None = None, size: int = 65_536
+        self, rows: np.ndarray | None = None, size: int = 16_384
     ) -> Iterator[Tensor]:
         """The vectors (of `rows`, in their order) as float32 blocks of at most `size` rows."""
         length = len(self) if rows is None else len(rows)
@@ -95,26 +95,37 @@ def open_for_writing(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def finish(folder: Path) -> Path:
-    """Marks a store complete and lists the images that could not be read: their rows are zero."""
-    if not np.load(folder / "done.npy", allow_pickle=False).all():
+def finish(folder: Path, max_unreadable: float = 1.0) -> int:
+    """Marks a store complete; returns how many images could not be read: zero rows.
+
+    More than a share of `max_unreadable` is refused, and their blocks are open again.
+    """
+    done = np.load(folder / "done.npy", mmap_mode="r+", allow_pickle=False)
+    if not done.all():
         raise RuntimeError(
             f"{folder}: blocks are missing; run 03_extract_features again"
         )
     ids = np.load(folder / "ids.npy", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-    zero = [
-        str(name)
-        for start in range(0, len(ids), 65_536)
-        for name in ids[start : start + 65_536][
-            ~vectors[start : start + 65_536].any(axis=1)
+    about = files.read_json(folder / "manifest.json")
+    zero = np.concatenate(
+        [
+            ~vectors[start : start + 16_384].any(axis=1)
+            for start in range(0, len(ids), 16_384)
         ]
-    ]
-    manifest = files.read_json(folder / "manifest.json")
-    files.write_json(
-        folder / "manifest.json", manifest | {"complete": True, "unreadable": zero}
     )
-    return folder
+    names = [str(name) for name in ids[zero]]
+    if len(names) > max_unreadable * len(ids):
+        done[np.unique(np.flatnonzero(zero) // about["block"])] = 0
+        raise ValueError(
+            f"list {about['list']['name']}: {len(names)} of {len(ids)} images cannot be "
+            f"read, more than a share of {max_unreadable}; for example "
+            + ", ".join(names[:5])
+        )
+    files.write_json(
+        folder / "manifest.json", about | {"complete": True, "unreadable": names}
+    )
+    return len(names)
 
 
 def load(folder: Path) -> Features:

@@ -1,7 +1,6 @@
 """EmbeddingNet: backbone -> pool -> neck, built from a NetConfig that is saved beside its weights."""
 
 import difflib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -151,7 +150,4 @@ def describe(folder: Path) -> dict:
         raise FileNotFoundError(
             f"no model in {folder}; run 02_train_stage for it first"
         )
-    try:
-        return files.read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    return files.read_json(path)

@@ -48,7 +48,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: not a state dict of tensors alone; nothing else is loaded, since it "
             "could run code"
         ) from None
-    return weights.get("state_dict", weights)
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    if not weights:
+        raise ValueError(f"{path}: not a state dict")
+    return weights
 
 
 def load_strictly(

@@ -1,7 +1,8 @@
 """The page of one run: counts, loss curves, gains, and the best and worst queries as pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ def write(
     *,
     lists_folder: Path,
     shown: tuple[lists.ImageList, lists.ImageList],  # queries and searched index
+    data: Path,  # folder that the lists' paths start from
     runs: Path,
     gains: Sequence[tuple[str, float, float, str]],
     warning: str = "",
@@ -61,12 +63,20 @@ def write(
         Section(
             "Worst queries",
             "Lowest average precision first.",
-            _collage(worst.head(SHOWN), rankings, shown, lists_folder),
+            _collage(
+                worst.head(SHOWN).itertuples(), rankings, shown, lists_folder, data
+            ),
         ),
         Section(
             "Best queries",
             "Highest average precision first.",
-            _collage(worst.tail(SHOWN)[::-1], rankings, shown, lists_folder),
+            _collage(
+                worst.tail(SHOWN)[::-1].itertuples(),
+                rankings,
+                shown,
+                lists_folder,
+                data,
+            ),
         ),
     ]
     lead = (
@@ -75,23 +85,28 @@ def write(
     return page(path, "Landmark retrieval", lead, sections)
 
 
-def _collage(queries, rankings, shown, lists_folder) -> str:
+def _collage(
+    queries: Iterable[Any],  # rows of Score.queries
+    rankings: Mapping[str, np.ndarray],
+    shown: tuple[lists.ImageList, lists.ImageList],
+    lists_folder: Path,
+    data: Path,
+) -> str:
     solution = read_solution(lists_folder / "solution.csv").set_index("id")["images"]
     places = [
         dict(zip(each.rows["id"], each.rows["path"], strict=True)) for each in shown
     ]
     examples = []
-    for query in queries.itertuples():
+    for query in queries:
         results = [image for image in rankings[query.id][:RESULTS].tolist() if image]
         positives = set(solution[query.id].split())
         examples.append(
             Example(
                 caption=f"{query.id} · {query.usage} · AP {query.ap:.4f} · "
                 f"{query.positives} positives",
-                query=images.thumbnail(shown[0].root / places[0][query.id]),
+                query=images.thumbnail(data / places[0][query.id]),
                 results=[
-                    images.thumbnail(shown[1].root / places[1][image])
-                    for image in results
+                    images.thumbnail(data / places[1][image]) for image in results
                 ],
                 hits=[image in positives for image in results],
                 labels=[f"{place}" for place in range(1, len(results) + 1)],

@@ -37,4 +37,7 @@ def load(path: Path) -> Chain:
     if not path.exists():
         raise FileNotFoundError(f"no chain {path}; run 04_tune_rerank first")
     values = files.read_json(path)
-    return Chain(**{**values, "weights": Weights(**values["weights"])})
+    try:
+        return Chain(**{**values, "weights": Weights(**values["weights"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a chain ({error})") from None

@@ -26,10 +26,20 @@ from kit.models.weights import load_strictly
 LOG = ("step", "epoch", "loss", "lr", "images_per_second")
 
 
-def finished(folder: Path, config: str) -> bool:
-    """Whether `folder` holds the whole result of the stage with this fingerprint."""
+def prepare(folder: Path, config: str) -> bool:
+    """Whether `folder` holds the whole result of the stage with this fingerprint.
+
+    If not, what another configuration left there is removed. For one process at a time.
+    """
     about = folder / "stage.json"
-    return about.exists() and files.read_json(about)["fingerprint"] == config
+    if about.exists() and files.read_json(about)["fingerprint"] == config:
+        weights = folder / "model.safetensors"
+        whole = weights.exists() and (folder / "head.safetensors").exists()
+        if whole and files.sha256(weights) == nets.describe(folder)["hash"]:
+            return True
+    if load_state(folder, config) is None:
+        clear(folder)
+    return False
 
 
 def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:

@@ -55,6 +55,17 @@ class Stage:
     max_unreadable: float = 0.02  # share of the list; more stops the stage
 
     def __post_init__(self) -> None:
+        for field_ in dataclasses.fields(self):
+            value, least = getattr(self, field_.name), LEAST.get(field_.name)
+            fits = isinstance(value, KINDS.get(field_.type, object))
+            if not fits or isinstance(value, bool):
+                raise ValueError(
+                    f"stage {self.name}: {field_.name} cannot be {value!r}"
+                )
+            if least is not None and not least <= value < math.inf:
+                raise ValueError(
+                    f"stage {self.name}: {field_.name} is {value}, not at least {least}"
+                )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
@@ -65,6 +76,13 @@ class Stage:
         return Stage(**{**values, "augment": Augment(**values.get("augment", {}))})
 
 
+KINDS = {int: int, float: (int, float), str: str}
+LEAST = {  # what a field must be at least
+    **dict.fromkeys(("size", "epochs", "batch"), 1),
+    **dict.fromkeys(("lr", "scale"), 1e-12),
+    **dict.fromkeys(("eval_size", "warmup", "weight_decay", "head_lr", "margin"), 0),
+    **dict.fromkeys(("clip", "seed", "max_unreadable"), 0),
+}
 OPTIMIZERS = {
     "sgd": lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
     "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr),
@@ -170,7 +188,7 @@ def run(job: Job) -> Path:
             }
         )
         with files.lock(job.folder) if rank.main else nullcontext():
-            done = [checkpoints.finished(job.folder, config)]
+            done = [rank.main and checkpoints.prepare(job.folder, config)]
             if rank.world > 1:
                 dist.broadcast_object_list(
                     done
@@ -235,8 +253,6 @@ class _Training:
     def _resume(self) -> None:
         state = checkpoints.load_state(self.job.folder, self.config)
         if state is None:
-            if self.rank.main:
-                checkpoints.clear(self.job.folder)
             return
         self.step.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -317,10 +333,12 @@ class _Training:
                 f"stage {stage.name}: the loss is {mean} by step {self.done}; "
                 "lower lr or raise warmup"
             )
-        if unreadable > stage.max_unreadable * len(self.ids):
-            examples = b", ".join(self.ids[sorted(self.unreadable)[:5]]).decode()
+        limit = stage.max_unreadable * len(self.ids)
+        # ranks may have met the same file: what counts is their union
+        if unreadable > limit and len(bad := self._all_unreadable()) > limit:
+            examples = b", ".join(self.ids[bad[:5]]).decode()
             raise ValueError(
-                f"stage {stage.name}: {unreadable} of {len(self.ids)} images cannot be read, more "
+                f"stage {stage.name}: {len(bad)} of {len(self.ids)} images cannot be read, more "
                 f"than a share of {stage.max_unreadable}; for example {examples}"
             )
         if self.rank.main:

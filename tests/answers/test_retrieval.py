@@ -289,7 +289,8 @@ def write(folder, images, model="m", vectors=None):
     store.create(folder / images.name, images.ids, 4, 4, about)
     maps, done = store.open_for_writing(folder / images.name)
     maps[:], done[:] = values, 1
-    return store.finish(folder / images.name)
+    store.finish(folder / images.name)
+    return folder / images.name
 
 
 @pytest.fixture

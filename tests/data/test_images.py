@@ -20,7 +20,6 @@ from kit.data.images import (
     TrainImages,
     UnreadableImage,
     augment,
-    blocks,
     header_size,
     in_worker,
     prepare,
@@ -743,12 +742,3 @@ def test_evaluation_sees_every_row_once_and_says_which_are_unreadable(folder):
         )
         np.testing.assert_array_equal(image, expected)
         assert image.shape == (3, 32, 32) and image.dtype == np.uint8
-
-
-@pytest.mark.parametrize(("length", "size"), [(0, 3), (1, 3), (6, 3), (7, 3), (2, 9)])
-def test_blocks_cover_the_range_in_order(length, size):
-    parts = list(blocks(length, size))
-    assert [row for part in parts for row in range(length)[part]] == list(range(length))
-    assert all(part.stop - part.start <= size for part in parts)
-    assert all(part.stop <= length for part in parts)
-    assert len(parts) == -(-length // size)

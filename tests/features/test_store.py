@@ -39,7 +39,8 @@ def filled(folder: Path, ids=IDS, vectors=None, block: int = 4, about=ABOUT) -> 
     maps.flush()
     done[:] = 1
     done.flush()
-    return store.finish(folder)
+    store.finish(folder)
+    return folder
 
 
 @pytest.fixture
