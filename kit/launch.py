@@ -258,6 +258,8 @@ def _environment(processes: int) -> dict[str, str]:
     # PyTorch would give every core to every rank, torchrun a single one to each.
     cores = len(os.sched_getaffinity(0))
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # Ranks and their loaders share the cores: threads that wait sleep instead of spinning.
+    values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # On its way here each refresh of a progress bar becomes a line.
     values.setdefault("TQDM_MININTERVAL", "10")
     return values
