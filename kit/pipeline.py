@@ -287,7 +287,8 @@ def _execute(step: Step, output: Path) -> str:
                 autosave_cell_every=30,
                 coalesce_streams=True,  # a progress bar is one output
                 iopub_timeout=120,
-                extra_arguments=["--log-level=ERROR"],  # else: "loopback unencrypted"
+                # else every start tells of "unencrypted", some ends of an "interrupt"
+                extra_arguments=["--log-level=CRITICAL"],
             )
     except papermill.PapermillExecutionError as error:
         return " ".join(f"{error.ename}: {error.evalue}".split())[:1000]
