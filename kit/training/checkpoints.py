@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kit
 from kit import files
 from kit.models import net as nets
-from kit.models.weights import load_strictly
+from kit.models.weights import load_strictly, write_weights
 
 LOG = ("step", "epoch", "loss", "lr", "images_per_second")
 
@@ -44,8 +44,15 @@ def prepare(folder: Path, config: str) -> bool:
 
 def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:
     """Everything needed to go on: modules, optimizer, scaler, step, log; replaces the last one."""
-    with files.replacing(folder / "resume" / "state.pt") as temporary:
-        torch.save({"fingerprint": config, **state}, temporary)
+    path = folder / "resume" / "state.pt"
+    with files.replacing(path) as temporary:
+        try:
+            torch.save({"fingerprint": config, **state}, temporary)
+        except RuntimeError as error:  # of its archive writer, whatever the disk said
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"{path}: not written ({reason}); is the disk full?"
+            ) from None
 
 
 def load_state(folder: Path, config: str) -> dict[str, Any] | None:
@@ -79,11 +86,7 @@ def save_result(
 ) -> Path:
     """Writes the stage's result, stage.json last, and removes the resume state."""
     nets.save(network, folder, seen)
-    weights = {
-        key: value.detach().contiguous() for key, value in head.state_dict().items()
-    }
-    with files.replacing(folder / "head.safetensors") as temporary:
-        save_file(weights, temporary)
+    write_weights(folder / "head.safetensors", head.state_dict())
     files.write_json(folder / "stage.json", {**about, "kit": kit.__version__})
     shutil.rmtree(folder / "resume", ignore_errors=True)
     return folder

@@ -224,7 +224,7 @@ def test_a_save_that_fails_leaves_the_old_network(tmp_path, net, images, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nets, "save_file", full)
+    monkeypatch.setattr("kit.models.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         nets.save(nets.build(CONFIG), tmp_path, {})
     torch.testing.assert_close(nets.load(tmp_path)(images), expected)
