@@ -2,15 +2,15 @@
 
 import json
 import os
-
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests are small, threads only get in the way
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# a shell's background jobs ignore interrupts, and their children with them; tests send some
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKI = "http://commons.wikimedia.org/wiki/Category:"
