@@ -108,3 +108,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"run_pipeline: {error}")
+    except KeyboardInterrupt:
+        sys.exit("run_pipeline: interrupted; the same command goes on from here")
