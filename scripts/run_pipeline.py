@@ -37,7 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        default=max(0, min(8, (os.cpu_count() or 1) // 2 - 1)),
         help="loader processes of each (default: %(default)s)",
     )
     parser.add_argument(
