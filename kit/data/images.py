@@ -1,71 +1,26 @@
-"""Image files -> uint8 arrays: decode, resize, augment; a dataset that survives bad files.
+"""Image files -> uint8 arrays, and datasets of them that survive bad files."""
 
-What a network is fed is decided by its `InputSpec`, saved with the weights; training, extraction
-and submission read it only from there.
-"""
-
-import math
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-RESIZE = ("squash", "crop")
-COLOUR = ("rgb", "bgr")
+from kit.data.augment import Augment, augment
+from kit.data.inputs import InputSpec, prepare
+
 MARKER = re.compile(
     rb"\xff[^\x00\x01\xd0-\xd8\xff]"
 )  # of a JPEG, with a length or the end
 BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
-SLIVER = 16  # a side longer than this many times the other is squashed whatever the rule says
 
 
 class UnreadableImage(Exception):
     """A file that is missing, empty, cut short or no image at all."""
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """How pixels become a network's input."""
-
-    size: int = 224  # side of the square, pixels
-    resize: str = "squash"  # whole image, aspect lost; "crop": its central square
-    colour: str = "rgb"  # order of the channels, or "bgr"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        for name, choices in (("resize", RESIZE), ("colour", COLOUR)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}"
-                )
-
-    def normalise(self, batch: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> float32, mean 0 and deviation 1 of the pretraining set."""
-        mean, std = (
-            torch.tensor(values, device=batch.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        x = batch.to(memory_format=torch.channels_last).float()
-        return (x / 255 - mean) / std
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random changes of a training image; every default but the flip is off."""
-
-    flip: float = 0.5  # probability of mirroring left and right
-    crop: float = 1.0  # smallest share of the area that a random crop keeps
-    pad: int = 0  # zeros on each side before a random crop, pixels (2021)
-    jitter: float = 0.0  # largest change of brightness, contrast, saturation
-    erase: float = 0.0  # probability of a blank rectangle of 2..20 % (2021)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -132,102 +87,6 @@ def thumbnail(path: Path, side: int = 160) -> np.ndarray:
     scale = min(1.0, side / max(image.shape[:2]))
     width, height = (max(1, round(n * scale)) for n in image.shape[1::-1])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-
-# --- pixels -------------------------------------------------------------------------------------
-
-
-def _to_square(image: np.ndarray, size: int) -> np.ndarray:
-    # area averaging when shrinking (no aliasing), bilinear when enlarging
-    shrinking = min(image.shape[:2]) >= size
-    return cv2.resize(
-        image,
-        (size, size),
-        interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR,
-    )
-
-
-def prepare(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """(H, W, 3) RGB -> (3, size, size) uint8 as the network expects it, nothing random."""
-    return _channels(_to_square(_framed(image, spec), spec.size), spec)
-
-
-def augment(
-    image: np.ndarray, spec: InputSpec, how: Augment, rng: np.random.Generator
-) -> np.ndarray:
-    """(H, W, 3) RGB -> (3, size, size) uint8, changed at random by `rng` alone."""
-    image = _framed(image, spec)
-    if how.crop < 1:
-        image = _random_crop(image, how.crop, rng)
-    image = _to_square(image, spec.size)
-    if how.pad:
-        padded = cv2.copyMakeBorder(
-            image, *[how.pad] * 4, cv2.BORDER_CONSTANT, value=(0, 0, 0)
-        )
-        top, left = rng.integers(0, 2 * how.pad + 1, 2)
-        image = padded[top : top + spec.size, left : left + spec.size]
-    if rng.random() < how.flip:
-        image = image[:, ::-1]
-    if how.jitter:
-        image = _jitter(image, how.jitter, rng)
-    if rng.random() < how.erase:
-        image = _erase(image, spec, rng)
-    return _channels(image, spec)
-
-
-def _framed(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """What the resize rule looks at: all of it, or the central square."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    if spec.resize == "squash" or max(height, width) > SLIVER * side:
-        return image
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[top : top + side, left : left + side]
-
-
-def _random_crop(
-    image: np.ndarray, smallest: float, rng: np.random.Generator
-) -> np.ndarray:
-    height, width = image.shape[:2]
-    area = height * width * rng.uniform(smallest, 1)
-    # within 3/4..4/3 where that much area fits into the picture, else as near as it does
-    narrow, wide = area / height**2, width**2 / area
-    low, high = np.clip((3 / 4, 4 / 3), narrow, wide)
-    aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
-    h = min(height, max(1, round(math.sqrt(area / aspect))))
-    w = min(width, max(1, round(math.sqrt(area * aspect))))
-    top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-    return image[top : top + h, left : left + w]
-
-
-def _jitter(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    brightness, contrast, saturation = 1 + rng.uniform(-amount, amount, 3)
-    x = image.astype(np.float32) * brightness
-    x = (x - x.mean()) * contrast + x.mean()
-    grey = x @ np.array([0.299, 0.587, 0.114], np.float32)
-    x = (x - grey[..., None]) * saturation + grey[..., None]
-    return x.clip(0, 255).astype(np.uint8)
-
-
-def _erase(image: np.ndarray, spec: InputSpec, rng: np.random.Generator) -> np.ndarray:
-    size = spec.size
-    for _ in range(100):  # until a rectangle fits
-        area = size * size * rng.uniform(0.02, 0.2)
-        aspect = rng.uniform(0.3, 3.33)
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < h < size and 0 < w < size:
-            top, left = rng.integers(0, size - h + 1), rng.integers(0, size - w + 1)
-            colour = spec.mean if spec.colour == "rgb" else spec.mean[::-1]
-            image = image.copy()
-            image[top : top + h, left : left + w] = np.round(np.array(colour) * 255)
-            break
-    return image
-
-
-def _channels(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    if spec.colour == "bgr":
-        image = image[..., ::-1]
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 # --- datasets -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kit
 from kit import files
-from kit.data.images import InputSpec
+from kit.data.inputs import InputSpec
 from kit.models.pooling import GeM
 from kit.models.weights import load_backbone, load_strictly, write_weights
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from kit.data.images import Augment, InputSpec
+from kit.data.augment import Augment
+from kit.data.inputs import InputSpec
 from kit.models.net import NetConfig
 from kit.training.stage import Stage
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from kit import files, launch
 from kit.data import lists
-from kit.data.images import Augment, TrainImages, in_worker
+from kit.data.augment import Augment
+from kit.data.images import TrainImages, in_worker
 from kit.data.samplers import Batches
 from kit.losses.heads import ArcFace
 from kit.models import net as nets

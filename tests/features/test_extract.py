@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kit import files, launch
 from kit.data import lists, sources
-from kit.data.images import InputSpec
+from kit.data.inputs import InputSpec
 from kit.features import extract, store
 from kit.features.extract import Job, embed
 from kit.models import net as nets

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit import __version__, files
-from kit.data.images import InputSpec
+from kit.data.inputs import InputSpec
 from kit.models import net as nets
 from kit.models.net import EmbeddingNet, NetConfig
 from kit.models.pooling import gem

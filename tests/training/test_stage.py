@@ -17,7 +17,8 @@ import torch
 
 from kit import launch
 from kit.data import lists, sources
-from kit.data.images import Augment, InputSpec
+from kit.data.augment import Augment
+from kit.data.inputs import InputSpec
 from kit.models.net import NetConfig
 from kit.training import checkpoints, stage
 from kit.training.stage import Job, Stage, change, cosine
