@@ -1,0 +1,107 @@
+"""Configurations as frozen dataclasses: checked, rebuilt from JSON, changed by field name.
+
+A configuration may hold others (a stage its augmentation); no two fields in it share a name, so a
+user changes any of them by name alone.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+Config = TypeVar("Config")
+
+
+def check(
+    config: Any,
+    label: str = "",
+    *,
+    least: Mapping[str, float] | None = None,
+    most: Mapping[str, float] | None = None,
+    choices: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuses a field of another type, a number that is not finite or out of its limits, an unknown choice.
+
+    label: what stands before the message, such as the stage's name.
+    """
+    say = f"{label}: " if label else ""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if not _fits(value, field.type):
+            raise ValueError(f"{say}{name} cannot be {value!r}")
+        if least and name in least and not value >= least[name]:
+            raise ValueError(f"{say}{name} is {value}, not at least {least[name]}")
+        if most and name in most and not value <= most[name]:
+            raise ValueError(f"{say}{name} is {value}, not at most {most[name]}")
+        if choices and name in choices and value not in choices[name]:
+            listed = ", ".join(choices[name])
+            raise ValueError(f"{say}{name} {value!r} is not one of {listed}")
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration that `dataclasses.asdict` and JSON took apart."""
+    known = {field.name: field.type for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
+    return kind(**{name: _build(known[name], value) for name, value in values.items()})
+
+
+def change(config: Config, **fields: Any) -> Config:
+    """`config` with some fields changed, those of the configurations in it by their own names."""
+    there = field_names(config)
+    for name in fields:
+        if name not in there:
+            close = difflib.get_close_matches(name, there, n=1)
+            hint = f" (close: {close[0]})" if close else ""
+            raise ValueError(f"no field {name!r}{hint}; fields: {', '.join(there)}")
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = field_names(value)
+            own = {name: new for name, new in fields.items() if name in inner}
+            changes[field.name] = change(value, **own) if own else value
+        elif field.name in fields:
+            changes[field.name] = _build(field.type, fields[field.name])
+    return dataclasses.replace(config, **changes)
+
+
+def field_names(config: Any) -> list[str]:
+    """Every field that holds a value, in order; refuses a name that stands twice."""
+    names: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        names += field_names(value) if dataclasses.is_dataclass(value) else [field.name]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TypeError(f"{type(config).__name__} has two fields {twice!r}")
+    return names
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """`value` as JSON has it -> as a field of type `kind` has it."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return from_dict(kind, value)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        inner = get_args(kind)
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(_build(k, v) for k, v in zip(kinds, value, strict=True))
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        inner = get_args(kind)
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
