@@ -8,7 +8,10 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
+
+from kit import files
 
 Config = TypeVar("Config")
 
@@ -48,6 +51,19 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     return kind(**{name: _build(known[name], value) for name, value in values.items()})
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """What JSON can hold of a configuration; paths become text."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def write(config: Any, path: Path) -> Path:
+    return files.write_json(path, to_dict(config))
+
+
+def read(kind: type[Config], path: Path) -> Config:
+    return from_dict(kind, files.read_json(path))
+
+
 def change(config: Config, **fields: Any) -> Config:
     """`config` with some fields changed, those of the configurations in it by their own names."""
     there = field_names(config)
@@ -80,8 +96,16 @@ def field_names(config: Any) -> list[str]:
     return names
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
 def _build(kind: Any, value: Any) -> Any:
     """`value` as JSON has it -> as a field of type `kind` has it."""
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return from_dict(kind, value)
     if get_origin(kind) is tuple and isinstance(value, list):

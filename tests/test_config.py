@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,16 @@ PLAN = Plan("p", "two", 5, True, (0.5, 2), Pixels(0.5, ((1, 2), (3, 4))))
 
 def test_a_configuration_survives_json():
     assert config.from_dict(Plan, json.loads(json.dumps(asdict(PLAN)))) == PLAN
+
+
+def test_a_configuration_survives_a_file(tmp_path):
+    @dataclass(frozen=True)
+    class Job:
+        plan: Plan
+        folder: Path
+
+    job = Job(PLAN, tmp_path / "runs")
+    assert config.read(Job, config.write(job, tmp_path / "job.json")) == job
 
 
 def test_fields_are_changed_by_their_own_names_wherever_they_stand():
