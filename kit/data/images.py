@@ -1,8 +1,10 @@
 """Image files -> uint8 arrays, and datasets of them that survive bad files."""
 
-import re
+import io
+import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,65 +12,61 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
+from kit.data import jpeg
 from kit.data.augment import Augment, augment
-from kit.data.inputs import InputSpec, prepare
+from kit.data.inputs import InputSpec, framed, prepare
+from kit.data.readers import Reader, UnreadableImage, file_bytes, open_reader
 
-MARKER = re.compile(
-    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
-)  # of a JPEG, with a length or the end
 BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
-
-
-class UnreadableImage(Exception):
-    """A file that is missing, empty, cut short or no image at all."""
+REDUCED = {  # the decoder's own shrinking, by the factor
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+}
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a file, as `decode` gives it."""
+    return decode(file_bytes(path), str(path))
+
+
+def decode(data: bytes, name: str, least: int = 0) -> np.ndarray:
     """(H, W, 3) uint8 RGB, turned as EXIF says; grey, CMYK and alpha become RGB.
 
+    least: a JPEG may come out at 1/2, 1/4 or 1/8 of its sides where both keep that many
+    pixels (0: never); that is faster, and differs a little from shrinking the whole picture.
     Raises UnreadableImage, for a truncated file too: some versions of OpenCV return grey
     pixels for what is missing.
     """
+    whole, flag = bool(data), cv2.IMREAD_COLOR  # other formats: left to the decoder
+    if jpeg.is_jpeg(data):
+        header = jpeg.parse(data)
+        whole, side = header.whole, min(header.height, header.width)
+        fits = [n for n in REDUCED if 0 < least <= -(-side // n)]
+        flag = REDUCED[fits[0]] if fits else flag
+    elif data.startswith(b"\x89PNG"):
+        whole = b"IEND" in data[-64:]
+    if not whole:
+        raise UnreadableImage(f"{name}: {'cut short' if data else 'empty'}")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from None
-    if not _whole(data):
-        raise UnreadableImage(f"{path}: {'cut short' if data else 'empty'}")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:  # a header that claims an absurd size
         image = None
     if image is None:
-        raise UnreadableImage(f"{path}: not an image")
+        raise UnreadableImage(f"{name}: not an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _whole(data: bytes) -> bool:
-    """Whether a JPEG or PNG has its end; other formats are left to the decoder."""
-    if data.startswith(b"\xff\xd8"):
-        at = 2
-        while found := MARKER.search(data, at):
-            if data[found.end() - 1] == 0xD9:  # end of image
-                return True
-            # skips the segment, and with it a thumbnail's markers; scan data has none
-            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-        return False
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" in data[-64:]
-    return bool(data)
-
-
-def header_size(path: Path) -> tuple[int, int]:
+def header_size(file: Path | bytes) -> tuple[int, int]:
     """Height and width as shown, after EXIF rotation; -1, -1 if unreadable.
 
     From the header alone: a file that is cut short later has its size.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             width, height = image.size
             # the general method: that of PNG decodes the picture first
             exif = Image.Image.getexif(image)
@@ -78,10 +76,10 @@ def header_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def thumbnail(path: Path, side: int = 160) -> np.ndarray:
+def thumbnail(file: Path | bytes, side: int = 160) -> np.ndarray:
     """(h, w, 3) uint8 RGB, longest side at most `side`; grey where it is unreadable."""
     try:
-        image = read(path)
+        image = decode(file, "bytes") if isinstance(file, bytes) else read(file)
     except UnreadableImage:
         return np.full((side, side, 3), 128, np.uint8)
     scale = min(1.0, side / max(image.shape[:2]))
@@ -92,57 +90,142 @@ def thumbnail(path: Path, side: int = 160) -> np.ndarray:
 # --- datasets -----------------------------------------------------------------------------------
 
 
-class TrainImages(Dataset):
-    """(epoch, row) -> uint8 image, label, and the row if its file was unreadable (else -1).
-
-    The augmentation is a function of (seed, epoch, row), not of the worker. In an unreadable
-    file's place stands the next readable row, so that a batch keeps its size on every rank.
-    """
+class _Images(Dataset):
+    """Rows of a list: where their bytes are, and which shape the network sees."""
 
     def __init__(
         self,
-        root: Path,
-        paths: np.ndarray,  # (N,) text
-        labels: np.ndarray,  # (N,) int64
+        source: Path | Reader,
+        paths: np.ndarray,
         spec: InputSpec,
-        how: Augment,
-        seed: int,
+        sizes: np.ndarray | None,
     ) -> None:
-        self.root, self.spec, self.how, self.seed = root, spec, how, seed
-        self.paths = np.char.encode(
-            paths.astype(str), "utf-8"
-        )  # bytes: no object for a fork to touch
-        self.labels = labels
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int]:
-        epoch, row = key
-        rng = np.random.default_rng((self.seed, epoch, row))
-        for step in range(len(self.paths)):
-            at = (row + step) % len(self.paths)
-            try:
-                image = read(self.root / self.paths[at].decode())
-            except UnreadableImage:
-                continue
-            image = augment(image, self.spec, self.how, rng)
-            return image, int(self.labels[at]), row if step else -1
-        raise UnreadableImage(f"{self.root}: none of the list's images can be read")
-
-
-class EvalImages(Dataset):
-    """Row -> uint8 image and whether it could be read (zeros where not)."""
-
-    def __init__(self, root: Path, paths: np.ndarray, spec: InputSpec) -> None:
-        self.root, self.spec = root, spec
+        if spec.template and sizes is None:
+            raise ValueError(
+                f"template {spec.template} takes its shapes from the list's heights and "
+                "widths; give sizes"
+            )
+        self.reader = open_reader(source) if isinstance(source, Path) else source
+        self.spec, self.sizes = spec, sizes
+        # bytes: no object for a fork to touch
         self.paths = np.char.encode(paths.astype(str), "utf-8")
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, row: int) -> str:
+        return self.paths[row].decode()
+
+    def shape(self, row: int) -> tuple[int, int]:
+        """(h, w) of the row's input, by the list's size: pictures of a batch share it."""
+        size = (-1, -1) if self.sizes is None else self.sizes[row]
+        return self.spec.shape(int(size[0]), int(size[1]))
+
+    def listed(self, row: int) -> dict[str, tuple[int, int]]:
+        """The shape as an argument where the list decides it, and not the picture."""
+        return {"shape": self.shape(row)} if self.spec.template else {}
+
+
+class TrainImages(_Images):
+    """(epoch, row) -> uint8 image, label, row if unreadable (else -1), whether it is trusted.
+
+    The augmentation is a function of (seed, epoch, row), not of the worker. In an unreadable
+    file's place stands the next readable row of its shape, so that a batch keeps its size and
+    shape on every rank. Pixels leave as uint8: the device normalises them. `fast` changes
+    them by one or two levels of 255 on average, less than 2021's unfiltered shrinking.
+    """
+
+    def __init__(
+        self,
+        source: Path | Reader,
+        paths: np.ndarray,  # (N,) text
+        labels: np.ndarray,  # (N,) int64
+        spec: InputSpec,
+        how: Augment,
+        seed: int,
+        *,
+        trusted: np.ndarray | None = None,  # (N,) bool: is the label; None: all are
+        sizes: np.ndarray | None = None,  # (N, 2) height and width in the list
+        fast: bool = True,  # decode large JPEGs at a fraction, shrink by a faster rule
+    ) -> None:
+        super().__init__(source, paths, spec, sizes)
+        self.labels, self.trusted = labels, trusted
+        self.how, self.seed, self.fast = how, seed, fast
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int, bool]:
+        epoch, row = key
+        image, at = self.readable(row)
+        if self.fast and self.how.crop == 1:  # a random crop wants the picture as it is
+            image = shrunk(framed(image, self.spec), self.shape(row))
+        rng = np.random.default_rng((self.seed, epoch, row))
+        image = augment(image, self.spec, self.how, rng, **self.listed(row))
+        return image, *self.facts(row, at)
+
+    def facts(self, row: int, at: int) -> tuple[int, int, bool]:
+        """Label, unreadable row or -1, and trust, where row `at` stands for `row`."""
+        trusted = self.trusted is None or bool(self.trusted[at])
+        return int(self.labels[at]), -1 if at == row else row, trusted
+
+    def readable(self, row: int) -> tuple[Any, int]:
+        """What `load` makes of the row, or of the next readable row of its shape; that row."""
+        shape = self.shape(row)
+        for step in range(len(self)):
+            at = (row + step) % len(self)
+            if self.shape(at) != shape:
+                continue
+            try:
+                path = self.path(at)
+                return self.load(self.reader.read(path), path, shape), at
+            except UnreadableImage:
+                continue
+        raise UnreadableImage(
+            f"{self.reader.root}: none of the list's images can be read"
+        )
+
+    def load(self, data: bytes, name: str, shape: tuple[int, int]) -> np.ndarray:
+        return decode(data, name, least_side(shape, self.how) if self.fast else 0)
+
+
+def least_side(shape: tuple[int, int], how: Augment) -> int:
+    """Pixels that a side must keep so that a random crop is not smaller than the input."""
+    # of the shorter side: both sides of a square's crop where it is smallest and longest
+    smallest = max(how.crop, math.sqrt(0.75 * how.crop))
+    return math.ceil(max(shape) / smallest) if smallest else 0
+
+
+def shrunk(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) -> (h, w, 3), bilinear, if no side grows or more than halves; else unchanged.
+
+    So every pixel still counts, in a sixth of the time of averaging over areas.
+    """
+    if all(new <= old < 2 * new for old, new in zip(image.shape, shape, strict=False)):
+        return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return image
+
+
+class EvalImages(_Images):
+    """Row -> uint8 image and whether it could be read (zeros where not)."""
+
+    def __init__(
+        self,
+        source: Path | Reader,
+        paths: np.ndarray,
+        spec: InputSpec,
+        *,
+        sizes: np.ndarray | None = None,  # (N, 2) height and width in the list
+        fast: bool = False,  # decode large JPEGs at a fraction; changes pixels a little
+    ) -> None:
+        super().__init__(source, paths, spec, sizes)
+        self.fast = fast
+
     def __getitem__(self, row: int) -> tuple[np.ndarray, bool]:
+        path, shape = self.path(row), self.shape(row)
+        least = max(shape) if self.fast else 0
         try:
-            return prepare(read(self.root / self.paths[row].decode()), self.spec), True
+            image = decode(self.reader.read(path), path, least)
         except UnreadableImage:
-            return np.zeros((3, self.spec.size, self.spec.size), np.uint8), False
+            return np.zeros((3, *shape), np.uint8), False
+        return prepare(image, self.spec, **self.listed(row)), True
 
 
 def in_worker(_: int) -> None:

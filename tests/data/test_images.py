@@ -12,18 +12,22 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from kit.data import pixels
 from kit.data.augment import Augment
 from kit.data.images import (
     EvalImages,
     TrainImages,
     UnreadableImage,
+    decode,
     header_size,
     in_worker,
+    least_side,
     read,
+    shrunk,
     thumbnail,
 )
 from kit.data.inputs import InputSpec, prepare
-from kit.data.samplers import Batches
+from kit.data.readers import Folder
 
 ORIENTATION = 0x0112
 
@@ -389,19 +393,20 @@ def folder(tmp_path):
     return root, np.array(paths, dtype=object)
 
 
-def train_images(folder, seed=0, how=ALL):
+def train_images(folder, seed=0, how=ALL, **options):
     root, paths = folder
-    return TrainImages(root, paths, np.arange(100, 110), SPEC, how, seed)
+    labels = np.arange(100, 100 + len(paths))
+    return TrainImages(root, paths, labels, SPEC, how, seed, **options)
 
 
 def test_a_row_is_its_own_picture_and_label(folder):
-    data = train_images(folder, how=Augment(flip=0))
+    data = train_images(folder, how=Augment(flip=0), fast=False)
     for row in (0, 1, 4, 5, 6, 7, 8):
-        image, label, unreadable = data[3, row]
+        image, label, unreadable, trusted = data[3, row]
         expected = prepare(read(folder[0] / folder[1][row]), SPEC)
         np.testing.assert_array_equal(image, expected)
-        assert (label, unreadable) == (100 + row, -1)
-        assert type(label) is int
+        assert (label, unreadable, trusted) == (100 + row, -1, True)
+        assert type(label) is int and type(trusted) is bool
 
 
 @pytest.mark.parametrize(("row", "instead"), [(2, 4), (3, 4), (9, 0)])
@@ -409,7 +414,7 @@ def test_in_an_unreadable_files_place_stands_the_next_readable_row(
     folder, row, instead
 ):
     data = train_images(folder, how=Augment(flip=0))
-    image, label, unreadable = data[0, row]
+    image, label, unreadable, _ = data[0, row]
     np.testing.assert_array_equal(image, data[0, instead][0])
     assert (label, unreadable) == (100 + instead, row)
 
@@ -446,10 +451,13 @@ def test_rows_with_the_same_picture_are_augmented_differently(folder):
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(folder):
+    keys = [(epoch, row % 10) for epoch in (0, 1) for row in range(12)]
+    steps = [keys[at : at + 4] for at in range(0, 24, 4)]
+
     def batches(workers, start=0):
         loader = DataLoader(
             train_images(folder),
-            batch_sampler=Batches(10, 4, epochs=2, seed=0, start=start),
+            batch_sampler=steps[start:],
             num_workers=workers,
             worker_init_fn=in_worker,
         )
@@ -462,12 +470,230 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder):
     for one, other in pairs:
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
-    images, labels, unreadable = (
+    images, labels, unreadable, trusted = (
         torch.cat(parts) for parts in zip(*alone, strict=True)
     )
+    assert trusted.dtype == torch.bool
     assert images.shape == (24, 3, 32, 32) and images.dtype == torch.uint8
     assert set(unreadable.tolist()) == {-1, 2, 3, 9}
     assert set(labels.tolist()) == {100, 101, 104, 105, 106, 107, 108}
+
+
+def test_what_stands_in_brings_its_own_trust(folder):
+    trusted = np.arange(10) % 4 == 0
+    data = train_images(folder, trusted=trusted)
+    assert [data[0, row][3] for row in range(10)] == [
+        *(True, False, True, True, True, False, False, False, True, True)
+    ]  # rows 2 and 3 are row 4, row 9 is row 0
+
+
+def test_a_reader_does_as_well_as_a_folder(folder):
+    root, paths = folder
+    labels = np.arange(10)
+    one = TrainImages(root, paths, labels, SPEC, ALL, 0)
+    other = TrainImages(Folder(root), paths, labels, SPEC, ALL, 0)
+    assert len(one) == len(other) == 10
+    for row in range(10):
+        np.testing.assert_array_equal(one[0, row][0], other[0, row][0])
+    evaluated = EvalImages(Folder(root), paths, SPEC)
+    np.testing.assert_array_equal(evaluated[1][0], EvalImages(root, paths, SPEC)[1][0])
+
+
+# Shapes by the list's height and width
+
+TEMPLATE = InputSpec(size=384, template="SS2")  # 320 x 480, 384 x 384, 480 x 320, ...
+SHAPES = {(40, 60): (320, 480), (50, 50): (384, 384), (60, 40): (480, 320)}
+
+
+@pytest.fixture
+def shaped(tmp_path):
+    """Pictures of three shapes in turns, row 3 missing; their paths and sizes."""
+    sizes = np.array(list(SHAPES) * 3)
+    for row, (height, width) in enumerate(sizes):
+        pixels = scene(height, width, seed=row)
+        (tmp_path / f"{row}.jpg").write_bytes(encoded(pixels))
+    (tmp_path / "3.jpg").unlink()
+    return tmp_path, np.array([f"{row}.jpg" for row in range(9)]), sizes
+
+
+def test_the_list_decides_the_shape_and_not_the_picture(shaped):
+    root, paths, sizes = shaped
+    told = sizes[[1, 1, 2, 0, 0, 0, 2, 1, 2]]  # not those of the pictures
+    how = Augment(flip=0, pad=2, erase=1)
+    train = TrainImages(root, paths, np.arange(9), TEMPLATE, how, 0, sizes=told)
+    evaluated = EvalImages(root, paths, TEMPLATE, sizes=told)
+    for row in range(9):
+        shape = (3, *SHAPES[tuple(told[row])])
+        assert evaluated[row][0].shape == train[0, row][0].shape == shape
+    assert evaluated[3][1] is False and evaluated[4][1] is True
+
+
+def test_the_next_row_of_the_same_shape_stands_in(shaped):
+    root, paths, sizes = shaped
+    train = TrainImages(root, paths, np.arange(9), TEMPLATE, Augment(), 0, sizes=sizes)
+    image, label, unreadable, _ = train[0, 3]
+    assert (label, unreadable) == (6, 3) and image.shape == (3, 320, 480)
+    (root / "6.jpg").unlink()
+    assert train[0, 3][1] == 0
+    (root / "0.jpg").unlink()
+    with pytest.raises(UnreadableImage, match="none of the list's images"):
+        train[0, 3]
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_template_needs_the_sizes_of_the_list(shaped, kind):
+    root, paths, _ = shaped
+    with pytest.raises(ValueError) as error:
+        if kind == "train":
+            TrainImages(root, paths, np.arange(9), TEMPLATE, Augment(), 0)
+        else:
+            EvalImages(root, paths, TEMPLATE)
+    assert "template SS2" in str(error.value) and "give sizes" in str(error.value)
+
+
+# Decoding at a fraction
+
+
+@pytest.mark.parametrize(
+    ("least", "shape"),
+    [
+        (0, (601, 803)),
+        (302, (601, 803)),
+        (301, (301, 402)),
+        (152, (301, 402)),
+        (151, (151, 201)),
+        (77, (151, 201)),
+        (76, (76, 101)),
+        (1, (76, 101)),
+    ],
+)
+def test_a_jpeg_keeps_the_least_side_that_is_asked_for(least, shape):
+    data = encoded(scene(601, 803))
+    assert decode(data, "x", least).shape == (*shape, 3)
+    assert decode(encoded(scene(803, 601)), "x", least).shape == (*shape[::-1], 3)
+
+
+def test_only_a_jpeg_is_decoded_at_a_fraction():
+    for kind in ("PNG", "WEBP", "BMP"):
+        data = encoded(scene(80, 120), kind)
+        np.testing.assert_array_equal(decode(data, "x", 8), decode(data, "x"))
+
+
+@pytest.mark.parametrize("least", [100, 50, 25])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_fraction_is_turned_as_exif_says(orientation, least):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    data = encoded(scene(200, 320), exif=tags, quality=95)
+    whole, small = decode(data, "x"), decode(data, "x", least)
+    assert min(small.shape[:2]) == least
+    size = small.shape[1::-1]
+    expected = cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
+    assert small.shape == expected.shape
+    assert np.abs(small.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["grey.jpg", "cmyk.jpg", "progressive.jpg"])
+def test_odd_jpegs_come_at_a_fraction_too(name):
+    whole, small = decode(ODD[name], "x"), decode(ODD[name], "x", 20)
+    assert small.shape == (20, 30, 3)
+    expected = cv2.resize(whole, (30, 20), interpolation=cv2.INTER_AREA)
+    assert np.abs(small.astype(int) - expected).mean() < 2
+
+
+def test_bytes_are_as_good_as_their_file(file):
+    tags = Image.Exif()
+    tags[ORIENTATION] = 6
+    for data in (encoded(RGB, exif=tags), encoded(RGB, "PNG")):
+        path = file(data)
+        np.testing.assert_array_equal(decode(data, "x"), read(path))
+        np.testing.assert_array_equal(thumbnail(data, 20), thumbnail(path, 20))
+        assert header_size(data) == header_size(path)
+    assert header_size(b"text") == (-1, -1)
+    assert (thumbnail(b"text", 20) == 128).all()
+    with pytest.raises(UnreadableImage, match="^some/name.jpg: cut short$"):
+        decode(encoded(RGB)[:-9], "some/name.jpg", 8)
+
+
+class Extremes:
+    """Draws as a generator does, but only the smallest and the largest numbers."""
+
+    def __init__(self, *ends):
+        self.ends = list(ends)
+
+    def uniform(self, low, high):
+        return (low, high)[self.ends.pop(0)]
+
+    def integers(self, low, high):
+        return low
+
+
+@pytest.mark.parametrize("crop", [0.9, 0.75, 0.3, 0.05])
+def test_a_crop_of_the_least_side_is_not_smaller_than_the_input(crop):
+    least = least_side((320, 480), Augment(crop=crop))
+    sides = [
+        min(pixels.random_crop(np.zeros(shape), crop, Extremes(0, end)).shape)
+        for long in range(least, 3 * least, 7)
+        for shape in ((least, long), (long, least))
+        for end in (0, 1)
+    ]
+    assert 480 <= min(sides) <= 481  # what is asked for, and not more
+    assert least_side((320, 480), Augment()) == 480
+    assert least_side((320, 480), Augment(crop=0)) == 0  # never at a fraction
+
+
+def test_fast_pictures_are_nearly_those_of_a_full_decode(tmp_path):
+    paths = np.array([f"{row}.jpg" for row in range(4)])
+    shapes = [(300, 420), (90, 75), (70, 200), (600, 500)]
+    for row, shape in enumerate(shapes):
+        kind = "PNG" if row == 3 else "JPEG"
+        (tmp_path / paths[row]).write_bytes(encoded(scene(*shape, row), kind))
+    spec = InputSpec(size=64)
+    train = [
+        TrainImages(tmp_path, paths, np.arange(4), spec, Augment(), 0, fast=fast)
+        for fast in (True, False)
+    ]
+    evaluated = [EvalImages(tmp_path, paths, spec, fast=fast) for fast in (True, False)]
+    for row in range(4):
+        for fast, slow in (
+            [data[1, row][0] for data in train],
+            [data[row][0] for data in evaluated],
+        ):
+            assert fast.shape == slow.shape == (3, 64, 64)
+            assert np.abs(fast.astype(int) - slow).mean() < 3
+        expected = prepare(read(tmp_path / paths[row]), spec)
+        np.testing.assert_array_equal(evaluated[1][row][0], expected)
+    row = 1  # 90 x 75, and 64 is more than half
+    small = cv2.resize(read(tmp_path / paths[row]), (64, 64))
+    still = TrainImages(tmp_path, paths, np.arange(4), spec, Augment(flip=0), 0)
+    np.testing.assert_array_equal(still[0, row][0], small.transpose(2, 0, 1))
+    assert train[0].load(encoded(scene(300, 420)), "x", (64, 64)).shape[:2] == (75, 105)
+    assert train[1].load(encoded(scene(300, 420)), "x", (64, 64)).shape[0] == 300
+    np.testing.assert_array_equal(
+        EvalImages(tmp_path, paths, spec)[0][0], evaluated[1][0][0]
+    )  # unless asked
+    assert not np.array_equal(evaluated[0][0][0], evaluated[1][0][0])
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ((40, 63), True),
+        ((63, 32), True),
+        ((64, 40), False),
+        ((40, 64), False),
+        ((31, 40), False),
+        ((40, 31), False),
+    ],
+)
+def test_what_shrinks_to_more_than_half_is_interpolated(size, changes):
+    picture = scene(*size)
+    small = shrunk(picture, (32, 32))
+    if changes:
+        expected = cv2.resize(picture, (32, 32), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(small, expected)
+    else:
+        assert small is picture
 
 
 class Threads(Dataset):
