@@ -1,4 +1,4 @@
-"""How pixels become a network's input: resize rule, channels, normalisation.
+"""How pixels become a network's input: shape, resize rule, channels, normalisation.
 
 An `InputSpec` is saved with the weights; training, extraction and submission read it only from
 there.
@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kit import config
+from kit.data import templates
+
 RESIZE = ("squash", "crop")
 COLOUR = ("rgb", "bgr")
 SLIVER = 16  # a side longer than this many times the other is squashed whatever the rule says
@@ -21,17 +24,36 @@ class InputSpec:
     """How pixels become a network's input."""
 
     size: int = 224  # side of the square, pixels
+    template: str = ""  # S2, L2, ...: shapes by aspect ratio beside the square (2019)
     resize: str = "squash"  # whole image, aspect lost; "crop": its central square
     colour: str = "rgb"  # order of the channels, or "bgr"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for name, choices in (("resize", RESIZE), ("colour", COLOUR)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}"
-                )
+        config.check(
+            self, least={"size": 1}, choices={"resize": RESIZE, "colour": COLOUR}
+        )
+        if self.template and self.template not in templates.TEMPLATES:
+            listed = ", ".join(templates.TEMPLATES)
+            raise ValueError(f"template {self.template!r} is not one of {listed}")
+        if self.template and self.resize != "squash":
+            raise ValueError(
+                f"template {self.template} takes the whole image: "
+                f"resize is squash with it, not {self.resize}"
+            )
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the input that an image becomes; -1, -1 for an unknown one."""
+        if self.template:
+            return templates.shape(self.template, self.size, height, width)
+        return self.size, self.size
+
+    def group(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """(N,) images of one number have one shape."""
+        if self.template:
+            return templates.groups(self.template, heights, widths)
+        return np.zeros(len(heights), np.int64)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> float32, mean 0 and deviation 1 of the pretraining set."""
@@ -43,9 +65,15 @@ class InputSpec:
         return (x / 255 - mean) / std
 
 
-def prepare(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """(H, W, 3) RGB -> (3, size, size) uint8 as the network expects it, nothing random."""
-    return planar(to_square(framed(image, spec), spec.size), spec)
+def prepare(
+    image: np.ndarray, spec: InputSpec, shape: tuple[int, int] | None = None
+) -> np.ndarray:
+    """(H, W, 3) RGB -> (3, h, w) uint8 as the network expects it, nothing random.
+
+    shape: of the batch that it joins; None: what `spec` makes of the image's own.
+    """
+    shape = shape or spec.shape(*image.shape[:2])
+    return planar(resized(framed(image, spec), shape), spec)
 
 
 def framed(image: np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -58,12 +86,14 @@ def framed(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def to_square(image: np.ndarray, size: int) -> np.ndarray:
+def resized(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) -> (h, w, 3), whatever its aspect ratio."""
+    height, width = shape
     # area averaging when shrinking (no aliasing), bilinear when enlarging
-    shrinking = min(image.shape[:2]) >= size
+    shrinking = image.shape[0] >= height and image.shape[1] >= width
     return cv2.resize(
         image,
-        (size, size),
+        (width, height),
         interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR,
     )
 

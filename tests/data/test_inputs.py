@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kit.data.augment import Augment, augment
-from kit.data.inputs import InputSpec, prepare
+from kit.data.inputs import InputSpec, prepare, resized
 
 
 def scene(height, width, seed=0):
@@ -25,6 +25,93 @@ def test_an_unknown_rule_is_refused(field, choices):
     with pytest.raises(ValueError) as error:
         InputSpec(**{field: "other"})
     assert str(error.value) == f"{field} 'other' is not one of {choices}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"size": 0}, "size is 0, not at least 1"),
+        ({"size": 32.0}, "size cannot be 32.0"),
+        ({"mean": (0.5, 0.5)}, "mean cannot be (0.5, 0.5)"),
+        (
+            {"template": "S3"},
+            "template 'S3' is not one of SS, S, M, L, SS2, S2, SM2, M2, L2",
+        ),
+        (
+            {"template": "S2", "resize": "crop"},
+            "template S2 takes the whole image: resize is squash with it, not crop",
+        ),
+    ],
+)
+def test_what_makes_no_input_is_refused(fields, words):
+    with pytest.raises(ValueError) as error:
+        InputSpec(**fields)
+    assert str(error.value) == words
+
+
+def test_without_a_template_every_image_has_one_shape():
+    heights, widths = np.array([10, 500, -1]), np.array([300, 20, -1])
+    assert SPEC.group(heights, widths).tolist() == [0, 0, 0]
+    assert SPEC.group(heights, widths).dtype.kind == "i"
+    assert {SPEC.shape(300, 20), SPEC.shape(20, 300), SPEC.shape(-1, -1)} == {(32, 32)}
+
+
+def test_a_template_decides_the_shape_and_the_size_its_scale():
+    spec = replace(SPEC, template="SS2", size=384)
+    heights, widths = np.array([60, 100, 200, -1]), np.array([100, 100, 100, -1])
+    assert spec.group(heights, widths).tolist() == [0, 2, 4, 2]
+    sizes = list(zip(heights, widths, strict=True))
+    shapes = [spec.shape(*size) for size in sizes]
+    assert shapes == [(320, 480), (384, 384), (480, 320), (384, 384)]
+    larger = replace(spec, size=768)
+    doubled = [larger.shape(*size) for size in sizes]
+    assert doubled == [(640, 960), (768, 768), (960, 640), (768, 768)]
+    assert larger.group(heights, widths).tolist() == [0, 2, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((60, 100), (256, 384)),
+        ((76, 100), (256, 384)),
+        ((90, 100), (256, 256)),
+        ((140, 100), (384, 256)),
+        ((3, 1), (384, 256)),
+    ],
+)
+def test_images_of_one_group_are_prepared_to_one_shape(size, shape):
+    image = scene(*size)
+    output = prepare(image, replace(SPEC, template="SS", size=256))
+    expected = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(output, expected.transpose(2, 0, 1))
+
+
+def test_an_image_takes_the_shape_of_the_batch_it_joins():
+    image = scene(60, 100)
+    for spec in (SPEC, replace(SPEC, size=256, template="SS")):
+        output = prepare(image, spec, (70, 16))
+        expected = cv2.resize(image, (16, 70), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(output, expected.transpose(2, 0, 1))
+
+
+def test_a_shrunk_rectangle_averages_the_area_of_each_pixel():
+    image = scene(64, 96)
+    expected = np.zeros((16, 48, 3))
+    for row in range(16):
+        for column in range(48):
+            area = image[4 * row : 4 * row + 4, 2 * column : 2 * column + 2]
+            expected[row, column] = area.reshape(-1, 3).mean(axis=0)
+    output = resized(image, (16, 48))
+    assert output.shape == (16, 48, 3)
+    assert np.abs(output - expected).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(128, 48), (32, 120), (70, 97)])
+def test_an_image_that_grows_on_a_side_is_interpolated(shape):
+    image = scene(64, 96)
+    height, width = shape
+    expected = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(resized(image, shape), expected)
 
 
 def test_normalise_matches_its_definition():
