@@ -3,7 +3,8 @@
 A list is `<name>.csv` with the columns of `COLUMNS` and `<name>.json`, which counts rows, sources
 and every kind of dropped row. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
 `full` (all of train), `index`, `query`, `index_train` (full and the index images whose place
-train knows), `all` (index_train and the test images). `index_train_holdout` and `all_holdout` are
+train knows), `all` (index_train and the test images), `gld_v1` (the first generation's images, with labels of
+their own). `index_train_holdout` and `all_holdout` are
 the last two without any validation query and any image of the index that validation searches:
 whatever trains or votes for an offline number is made of these.
 
@@ -22,6 +23,7 @@ import pandas as pd
 import kit
 from kit import files
 from kit.data import images
+from kit.data.readers import Folder, UnreadableImage, open_reader
 from kit.data.sources import OTHER, Facts, read_solution
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ def build(
     index_ids: Path | None = None,
     sizes: bool = True,
     wanted: Sequence[str] = (),
+    gld_v1_classes: int = 14_950,
+    gld_v1_side: int = 256,
 ) -> dict[str, int]:
     """Writes every list that `facts` allow into `out`; returns the number of rows by name.
 
@@ -85,6 +89,8 @@ def build(
     smaller index, one a line; `index_val` then holds them and every positive, and is what the
     holdout lists stay clear of. sizes: read heights and widths from the images' headers.
     wanted: names that must come out, `solution` among them, or nothing is written.
+    gld_v1_classes, gld_v1_side: the most frequent landmarks of gld_v1 that are kept, of the images
+    whose shorter side has so many pixels (2019); the side is not looked at without sizes.
     """
     if continents is not None:
         unknown = sorted(set(facts.country) - set(continents))
@@ -104,11 +110,17 @@ def build(
             f"{data} gives no list {', '.join(missing)}; it gives {', '.join(sorted(made))}"
         )
     shapes = _sizes(tables, data) if sizes else None
+    if "gld_v1" in tables:
+        tables["gld_v1"], dropped["gld_v1"] = _first_generation(
+            facts.gld_v1, shapes, gld_v1_classes, gld_v1_side
+        )
     counts = {}
     for name, table in tables.items():
-        rows = _finish(table, facts.country, continents, shapes)
+        own = name == "gld_v1"  # labels that say nothing about countries
+        country = np.repeat("", table["label"].max() + 1) if own else facts.country
+        rows = _finish(table, country, continents, shapes)
         counts[name] = _write(
-            out, name, rows, data, facts, dropped.get(name, {}), sizes
+            out, name, rows, data, facts, len(country), dropped.get(name, {}), sizes
         )
         log.info("list %-20s %9d rows", name, counts[name])
     for about in out.glob("*.json"):  # lists of an earlier build from other data
@@ -138,6 +150,7 @@ def _cut(
         "full": full,
         "index": index,
         "query": query,
+        "gld_v1": facts.gld_v1,
     }
     dropped = {"c2x": {"landmark is not in the clean list": len(full) - len(c2x)}}
     if index_ids is not None:
@@ -164,6 +177,30 @@ def _cut(
         dropped["all"] = unknown | lost
         dropped["all_holdout"] = unknown | hidden | asked  # from what is in `all`
     return tables, dropped
+
+
+def _first_generation(
+    rows: pd.DataFrame, shapes: pd.DataFrame | None, classes: int, side: int
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """GLD-v1 as the 2019 system cut it, labels in the order of landmark ids; what was dropped."""
+    kept = rows
+    if shapes is not None:
+        kept = rows[shapes.loc[rows["path"]].min(axis=1).to_numpy() >= side]
+    ids, counts = np.unique(kept["landmark_id"].to_numpy(str), return_counts=True)
+    # numbers by value, texts by spelling; of equally frequent landmarks the first stay
+    order = np.lexsort((ids, [int(i) if i.isdecimal() else -1 for i in ids]))
+    ids, counts = ids[order], counts[order]
+    frequent = np.sort(np.argsort(-counts, kind="stable")[:classes])
+    label = kept["landmark_id"].map(
+        dict(zip(ids[frequent], range(classes), strict=False))
+    )
+    found = kept.assign(label=label)[label.notna()].astype({"label": np.int64})
+    if found.empty:
+        raise ValueError(f"gld_v1: no image has a shorter side of {side} pixels")
+    return found, {
+        f"shorter side under {side}, or unreadable": len(rows) - len(kept),
+        f"landmark is not among the {classes} most frequent": len(kept) - len(found),
+    }
 
 
 def _searched(facts: Facts, index_ids: Path) -> set[str]:
@@ -231,7 +268,17 @@ def _finish(
 
 
 def _sizes(tables: Mapping[str, pd.DataFrame], data: Path) -> pd.DataFrame:
-    """Height and width by path, every header read once."""
+    """Height and width by path, every header read once; of a tar's member, all of it."""
+    reader = open_reader(data)
+
+    def size(path: str) -> tuple[int, int]:
+        if isinstance(reader, Folder):
+            return images.header_size(data / path)
+        try:
+            return images.header_size(reader.read(path))
+        except UnreadableImage:
+            return -1, -1
+
     paths = pd.concat([table["path"] for table in tables.values()]).unique()
     sizes = np.empty((len(paths), 2), dtype=np.int32)
     with ThreadPoolExecutor(16) as pool:  # waits for the disk most of the time
@@ -239,7 +286,7 @@ def _sizes(tables: Mapping[str, pd.DataFrame], data: Path) -> pd.DataFrame:
             0, len(paths), 10_000
         ):  # a future for each of millions weighs
             some = paths[start : start + 10_000]
-            found = pool.map(lambda path: images.header_size(data / path), some)
+            found = pool.map(size, some)
             sizes[start : start + len(some)] = list(found)
     return pd.DataFrame(sizes, index=paths)
 
@@ -250,6 +297,7 @@ def _write(
     rows: pd.DataFrame,
     data: Path,
     facts: Facts,
+    classes: int,
     dropped: Mapping[str, int],
     sizes: bool,
 ) -> int:
@@ -264,7 +312,7 @@ def _write(
             "rows": len(rows),
             "images": int(rows["id"].nunique()),
             "labels": int(rows.loc[rows["label"] >= 0, "label"].nunique()),
-            "classes": len(facts.country),
+            "classes": classes,
             "without label": int((rows["label"] < 0).sum()),
             "unreadable headers": unreadable,
             "dropped": dict(dropped),

@@ -9,12 +9,14 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
+
+from kit.data.readers import open_reader
 
 SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")
@@ -39,6 +41,9 @@ class Facts:
     country: np.ndarray  # (C,) country code of each label
     sources: dict[str, int]  # rows read, by file
     notes: dict[str, int]  # what was decided along the way, counted
+    gld_v1: pd.DataFrame = field(  # id, path, landmark_id: the first generation's own
+        default_factory=lambda: _empty("id", "path", "landmark_id")
+    )
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
@@ -105,7 +110,7 @@ def read(data: Path, layout: str = "gldv2", table: str = "") -> Facts:
 
 
 def official(data: Path) -> Facts:
-    """A folder in GLDv2's layout; a missing split gives empty tables."""
+    """A folder in GLDv2's layout, GLD-v1 in gld_v1/ beside it; what is missing gives empty tables."""
     sources: dict[str, int] = {}
     notes: dict[str, int] = {}
 
@@ -159,7 +164,13 @@ def official(data: Path) -> Facts:
         _refuse_wrong_root(rows, data)
     everything = pd.concat([train["id"], index["id"], query["id"]], ignore_index=True)
     _refuse_repeats(everything, data)  # one image in two splits would leak
-    return Facts(train, clean, index, query, solution, country, sources, notes)
+    facts = Facts(train, clean, index, query, solution, country, sources, notes)
+    if (data / "gld_v1").is_dir():
+        rows = table("gld_v1/train.csv", "id", "landmark_id")[["id", "landmark_id"]]
+        _refuse_repeats(rows["id"], data / "gld_v1/train.csv")
+        rows["path"] = _paths(rows["id"], "gld_v1", data / "gld_v1/train.csv")
+        facts.gld_v1 = rows
+    return facts
 
 
 def _official_train(
@@ -392,7 +403,8 @@ def _refuse_repeats(ids: pd.Series, source: Path) -> None:
 def _refuse_wrong_root(rows: pd.DataFrame, data: Path) -> None:
     """A list whose first hundred images are all missing belongs to another folder."""
     sample = rows["path"].head(100)
-    if len(sample) and not any((data / path).exists() for path in sample):
+    reader = open_reader(data)
+    if len(sample) and not any(reader.exists(path) for path in sample):
         raise FileNotFoundError(
             f"{data}: {sample.iloc[0]} and the {len(sample) - 1} images after it are not there; "
             "is this the folder that holds train/, index/ and test/?"

@@ -694,3 +694,58 @@ def test_a_build_leaves_files_alone_that_no_build_wrote(gldv2, out):
     for name, text in mine.items():
         assert (out / name).exists(), name
         assert (out / name).read_text() == text
+
+
+def first_generation(gldv2, images: dict[str, tuple[int, int, str]]) -> None:
+    """gld_v1/ of pictures with the given height, width and landmark."""
+    lines = ["id,url,landmark_id"]
+    for name, (height, width, landmark) in images.items():
+        lines.append(f"{name},http://x,{landmark}")
+        path = gldv2 / "gld_v1" / name[0] / name[1] / name[2] / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if height:
+            Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
+    (gldv2 / "gld_v1/train.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_the_first_generation_is_cut_and_labelled_on_its_own(gldv2, tmp_path):
+    ids = [f"{number:016x}" for number in range(9)]
+    landmarks = ["9", "9", "10", "10", "10", "2", "2", "7", "2"]
+    sides = [
+        (30, 40),
+        (40, 30),
+        (30, 30),
+        (50, 50),
+        (50, 31),
+        (30, 99),
+        (29, 99),
+        (60, 60),
+        (0, 0),
+    ]
+    images = {
+        i: (*side, mark) for i, side, mark in zip(ids, sides, landmarks, strict=True)
+    }
+    first_generation(gldv2, images)
+    facts = sources.official(gldv2)
+    lists.build(facts, gldv2, tmp_path, gld_v1_classes=3, gld_v1_side=30)
+    rows = lists.load(tmp_path, "gld_v1").rows
+    # 2 keeps one of three images and 7 has one: the smaller number stays among equals
+    assert list(zip(rows["landmark_id"], rows["label"], strict=True)) == [
+        *[("9", 1)] * 2,
+        *[("10", 2)] * 3,
+        ("2", 0),
+    ]
+    about = json.loads((tmp_path / "gld_v1.json").read_text())
+    assert about["dropped"] == {
+        "shorter side under 30, or unreadable": 2,
+        "landmark is not among the 3 most frequent": 1,
+    }
+    assert about["classes"] == 3
+    with pytest.raises(ValueError, match="gld_v1: no image has a shorter side of 500"):
+        lists.build(facts, gldv2, tmp_path / "other", gld_v1_side=500)
+
+
+def test_data_without_the_first_generation_give_no_such_list(gldv2, tmp_path):
+    facts = sources.official(gldv2)
+    with pytest.raises(ValueError, match="gives no list gld_v1"):
+        lists.build(facts, gldv2, tmp_path, wanted=["gld_v1"])
