@@ -13,47 +13,54 @@ launched looks like this, and also runs alone with `python -m` and under plain t
         main()
 """
 
-import ctypes
 import importlib
 import importlib.util
+import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.files import write_text
+from kit import files
+from kit.nodes.agent import AGENT, FOLDER, end_with, ended
+from kit.nodes.peers import CAUSE, EXIT_TIMEOUT, LIVE, Node
+from kit.nodes.session import Call, calling, follow
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer gives up
+PATIENCE = 600.0  # seconds that nodes wait for each other
 HOLD = 3.0  # seconds an exception is held back, see `entry`
-EXIT_TIMEOUT = 20  # seconds a failed rank may take to leave
 ENDING = ((signal.SIGINT, 10), (signal.SIGTERM, 35), (signal.SIGKILL, 10))  # seconds
 
+STOP_AT = "KIT_STOP_AT"  # unix time, see `time_left`
+
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_AGENT = "KIT_LAUNCH_AGENT"  # process id of the torchrun a rank belongs to
 _TORCHRUN = re.compile(  # what torchrun tells its ranks, or reads as its own defaults
     rf"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
-    rf"|(TORCHELASTIC|PET)_\w+|{_AGENT}"
+    rf"|(TORCHELASTIC|PET)_\w+|{AGENT}|{FOLDER}"
 )
-_LIVE = "[default0]:"  # torchrun's mark on the lines of its first rank
+_STOPPED = "stopped.txt"  # in the run's folder: a rank raised Stopped, and why
 
 
 class RankError(RuntimeError):
     """A launch failed; the message is the rank that failed first, why, and its log."""
+
+
+class Stopped(RuntimeError):
+    """The time is over: the work is saved, and the same call goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -70,73 +77,119 @@ class Rank:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """This machine among those of a launch, and how often they start again."""
+
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str = ""  # "host:port" of node 0
+    max_restarts: int = 0
+    patience: float = PATIENCE  # seconds that nodes wait for each other
+
+    def __post_init__(self) -> None:
+        nodes, rendezvous = self.nodes, self.rendezvous
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}, not at least 0")
+        if not 0 <= self.node_rank < nodes:
+            raise ValueError(f"node_rank {self.node_rank} is not one of {nodes} nodes")
+        if nodes > 1 and not (self.host and 0 < self.port < 2**16):
+            raise ValueError(
+                f"{nodes} nodes need rendezvous='host:port' of node 0, not {rendezvous!r}"
+            )
+        if not 0 < self.patience < math.inf:
+            raise ValueError(f"patience is {self.patience}; it must be some seconds")
+
+    @property
+    def host(self) -> str:
+        """Without the brackets of IPv6."""
+        return self.rendezvous.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+    @property
+    def port(self) -> int:
+        port = self.rendezvous.rpartition(":")[2]
+        return int(port) if port.isdecimal() else 0
+
+    def environment(self, calls: Path | None = None) -> dict[str, str]:
+        """Variables that make this the place of every `launch` that names none.
+
+        So the machines are no parameters of notebooks. calls: the folder of a
+        `kit.nodes.session.host`, where node 0 tells the others what it launches.
+        """
+        values = asdict(self) | {"calls": calls or ""}
+        return {_variable(name): str(value) for name, value in values.items()}
+
+
 def launch(
     module: str,
     arguments: Sequence[str],
     *,
     processes: int,
     logs: Path,
-    nodes: int = 1,
-    node_rank: int = 0,
-    rendezvous: str = "",
-    max_restarts: int = 0,
+    place: Place | None = None,
 ) -> None:
     """Calls `main(arguments)` of `module` in `processes` ranks; returns when all are done.
 
-    A single process runs inside the caller, without a process group, even where the
-    caller itself inherited a rank from an outer torchrun. Otherwise each launch makes a
-    folder of its own in `logs`, with `torchrun.log` and
-    `*/attempt_*/<local rank>/{stdout,stderr}.log`.
+    A single process that is not to be restarted runs inside the caller, without a process
+    group, even where the caller itself inherited a rank from an outer torchrun. Otherwise
+    each launch makes folders of its own in `logs`, one an attempt, with `torchrun.log` and
+    `*/attempt_0/<local rank>/{stdout,stderr}.log`.
 
-    With several nodes every node makes the same call with its `node_rank`; `rendezvous` is
-    "host:port" of node 0, which has rank 0. Each node prints its first rank and reports
-    the first failure among its own ranks.
+    With several nodes every node makes the same call, each with its own `place`. Ranks are
+    numbered in the order of the nodes, so rank 0 is on node 0. Each node prints its first
+    rank; when a rank fails all nodes end, its own with the rank's reason and the others
+    with "another node failed".
+
+    After a failure everything is started again, `max_restarts` times; what then goes on
+    from where is the module's affair. `Stopped`, raised by every rank, is raised here.
     """
-    _check(module, processes, nodes, node_rank, rendezvous, max_restarts)
-    if processes == nodes == 1:
+    place = place or _usual_place()
+    _check(module, processes)
+    if processes == place.nodes == 1 and not place.max_restarts:
         with _without_torchrun():
             importlib.import_module(module).main(list(arguments))
         return
-    logs.mkdir(parents=True, exist_ok=True)
-    run = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
-    if nodes == 1:  # the system chooses the port, so launches do not collide
-        place = ["--standalone", "--local-addr=127.0.0.1"]
-    else:  # c10d would number the nodes by host name, not by node_rank
-        place = ["--rdzv-backend=static", f"--rdzv-endpoint={rendezvous}"]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from kit.launch import _agent; _agent()"),
-            *(str(os.getpid()), str(run)),
-            *place,
-            *(f"--nnodes={nodes}", f"--node-rank={node_rank}"),
-            *(f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"),
-            *("--redirects=3", "--tee=0:3", f"--log-dir={run}", "-m", module),
-            *(text.replace("$", "$$") for text in arguments),  # torchrun substitutes
-        ],
-        env=_environment(processes),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,  # a Ctrl-C in the shell is ours to pass on
-    )
+    call = Call(module, tuple(arguments), str(logs.resolve()), place.max_restarts)
+    with _announced(call, place):
+        for attempt in range(place.max_restarts + 1):
+            try:
+                return _attempt(call, processes, place)
+            except RankError as error:
+                if attempt == place.max_restarts:
+                    raise
+                number = f"restart {attempt + 1} of {place.max_restarts}"
+                print(f"{error}\n{number}", flush=True)
+
+
+def serve(folder: Path, processes: int, place: Place) -> None:
+    """Joins every launch of the pipeline on node 0 that calls through `folder`.
+
+    Returns when that pipeline has ended well; else raises `kit.nodes.session.Lost`. A launch that
+    fails is printed: what follows from it is decided on node 0.
+    """
+    for call in follow(folder, place.patience):
+        print(f"joining {call.module} {' '.join(call.arguments)}", flush=True)
+        here = replace(place, max_restarts=call.max_restarts)
+        logs = Path(call.logs)
+        try:
+            launch(
+                call.module, call.arguments, processes=processes, logs=logs, place=here
+            )
+        except (RankError, Stopped) as error:
+            print(error, flush=True)
+
+
+def time_left() -> float:
+    """Seconds until KIT_STOP_AT, a unix time; infinite without it.
+
+    Whoever finds none left saves its work and raises `Stopped`, on every rank: let rank 0
+    decide, clocks differ.
+    """
+    text = os.environ.get(STOP_AT, "")
     try:
-        with (run / "torchrun.log").open("w", encoding="utf-8") as log:
-            for line in process.stdout:
-                if _LIVE in line:
-                    print(line.replace(_LIVE, ""), end="", flush=True)
-                else:
-                    log.write(line)
-        process.communicate()
-    except BaseException:
-        _end(process)
-        raise
-    if process.returncode:
-        cause, log = run / "cause.txt", run / "torchrun.log"
-        if cause.exists():
-            raise RankError(cause.read_text(encoding="utf-8"))
-        raise RankError(f"torchrun {_ended(process.returncode, log)}; its log is {log}")
+        return float(text) - time.time() if text else math.inf
+    except ValueError:
+        raise ValueError(f"{STOP_AT} is {text!r}, not a unix time") from None
 
 
 @contextmanager
@@ -159,7 +212,8 @@ def group() -> Iterator[Rank]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     store, rank, world = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    # One store serves all attempts, dead ranks' addresses included (pytorch#135712).
+    # Under plain torchrun one store serves all attempts, dead ranks' addresses included
+    # (pytorch#135712).
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     torch.distributed.init_process_group(
         "nccl" if cuda else "gloo",
@@ -169,7 +223,11 @@ def group() -> Iterator[Rank]:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if cuda else None,
     )
-    yield Rank(rank, world, local, device)
+    try:
+        yield Rank(rank, world, local, device)
+    except Stopped:  # on every rank, so all are there to leave in order
+        torch.distributed.destroy_process_group()
+        raise
     torch.distributed.destroy_process_group()
 
 
@@ -178,7 +236,11 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
 
     A rank also fails because another one has: its connection breaks. So an exception is
     held back a little before it is recorded. If another rank was first, torchrun sees that
-    within a tenth of a second and ends this one in the meantime.
+    within a tenth of a second, and the other nodes' within another one, and they end this
+    one in the meantime.
+
+    A rank that raises Stopped leaves a note for the launcher and no failure: torchrun would
+    end the others, which may still be saving.
     """
 
     @wraps(main)
@@ -187,12 +249,16 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
             return main(arguments)
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        _end_with(int(os.environ.get(_AGENT, os.getppid())), signal.SIGKILL)
+        end_with(int(os.environ.get(AGENT, os.getppid())), signal.SIGKILL)
 
         @record
         def held() -> None:
             try:
                 main(arguments)
+            except Stopped as stopped:
+                if FOLDER not in os.environ:  # under plain torchrun
+                    raise
+                files.write_text(Path(os.environ[FOLDER]) / _STOPPED, str(stopped))
             except Exception:
                 time.sleep(HOLD)
                 signal.alarm(EXIT_TIMEOUT)  # threads, or a GPU that waits for its peers
@@ -203,24 +269,28 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _check(
-    module: str,
-    processes: int,
-    nodes: int,
-    node_rank: int,
-    rendezvous: str,
-    max_restarts: int,
-) -> None:
+def _variable(name: str) -> str:
+    return f"KIT_{name.upper()}"
+
+
+def _usual_place() -> Place:
+    """As `Place.environment` has set it, or this machine alone."""
+    values = {}
+    for field in fields(Place):
+        text = os.environ.get(_variable(field.name), "")
+        try:
+            if text:
+                values[field.name] = field.type(text)
+        except ValueError:
+            raise ValueError(
+                f"{_variable(field.name)} is {text!r}, not a number"
+            ) from None
+    return Place(**values)
+
+
+def _check(module: str, processes: int) -> None:
     if processes < 1:
         raise ValueError(f"processes is {processes}; it must be at least 1")
-    if not 0 <= node_rank < nodes:
-        raise ValueError(f"node_rank {node_rank} is not one of {nodes} nodes")
-    if nodes > 1 and not re.fullmatch(r".+:\d+", rendezvous):
-        raise ValueError(
-            f"{nodes} nodes need rendezvous='host:port' of node 0, not {rendezvous!r}"
-        )
-    if nodes > 1 and max_restarts:  # a static rendezvous would not restart the others
-        raise ValueError("max_restarts needs nodes=1; launch again on every node")
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError as error:  # a package above it is missing, or broken
@@ -239,6 +309,74 @@ def _check(
 
 
 @contextmanager
+def _announced(call: Call, place: Place) -> Iterator[None]:
+    """On node 0 of a pipeline: the others hear of this launch as long as it lasts."""
+    folder = os.environ.get(_variable("calls"), "")
+    if place.nodes == 1 or place.node_rank or not folder:
+        yield
+        return
+    with calling(Path(folder), call):
+        yield
+
+
+def _attempt(call: Call, processes: int, place: Place) -> None:
+    """Starts torchrun once and returns when all of its ranks are done."""
+    logs = Path(call.logs)
+    logs.mkdir(parents=True, exist_ok=True)
+    run = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
+    process = subprocess.Popen(
+        _command(call, processes, place, run),
+        env=_environment(processes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # a Ctrl-C in the shell is ours to pass on
+    )
+    try:
+        with (run / "torchrun.log").open("w", encoding="utf-8") as log:
+            for line in process.stdout:
+                if LIVE in line:
+                    print(line.replace(LIVE, ""), end="", flush=True)
+                else:
+                    log.write(line)
+        process.communicate()
+    except BaseException:
+        _end(process)
+        raise
+    if process.returncode:
+        cause, log = run / CAUSE, run / "torchrun.log"
+        if cause.exists():
+            raise RankError(cause.read_text(encoding="utf-8"))
+        if process.returncode == -signal.SIGALRM:  # its watch over the nodes hangs
+            raise RankError("another node failed: node 0 does not answer any more")
+        raise RankError(f"torchrun {ended(process.returncode, log)}; its log is {log}")
+    if (run / _STOPPED).exists():
+        raise Stopped((run / _STOPPED).read_text(encoding="utf-8"))
+
+
+def _command(call: Call, processes: int, place: Place, run: Path) -> list[str]:
+    node, where = Node(), []  # of several nodes: the agent knows where they meet
+    if place.nodes > 1:
+        what = files.fingerprint([call.module, call.arguments, place.nodes])
+        here = (place.nodes, place.node_rank, place.host, place.port)
+        node = Node(*here, launch=what, patience=place.patience)
+    else:  # the system chooses the port, so launches do not collide
+        where = ["--standalone", "--local-addr=127.0.0.1"]
+    return [
+        *(sys.executable, "-m", "kit.nodes.agent"),
+        *(str(os.getpid()), str(run), json.dumps(asdict(node))),
+        *where,
+        *(f"--nnodes={place.nodes}", f"--nproc-per-node={processes}"),
+        # another attempt is another torchrun: one count and one store for all nodes
+        *("--max-restarts=0", "--redirects=3", "--tee=0:3", f"--log-dir={run}"),
+        *("-m", call.module),
+        *(text.replace("$", "$$") for text in call.arguments),  # torchrun substitutes
+    ]
+
+
+@contextmanager
 def _without_torchrun() -> Iterator[None]:
     """Hides an outer torchrun from what runs inside the block."""
     names = [name for name in os.environ if _TORCHRUN.fullmatch(name)]
@@ -251,7 +389,12 @@ def _without_torchrun() -> Iterator[None]:
 
 def _environment(processes: int) -> dict[str, str]:
     """This process's environment, made ready for torchrun and `processes` ranks."""
-    values = {k: v for k, v in os.environ.items() if not _TORCHRUN.fullmatch(k)}
+    own = Place().environment()  # a rank that launches does so alone
+    values = {
+        name: value
+        for name, value in os.environ.items()
+        if not (_TORCHRUN.fullmatch(name) or name in own)
+    }
     paths = (str(Path(__file__).resolve().parents[1]), values.get("PYTHONPATH"))
     values["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     values["PYTHONUNBUFFERED"] = "1"
@@ -274,58 +417,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         # A second interrupt asks for more haste. A pipe that nobody reads could block it.
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.communicate(timeout=patience)
-
-
-def _agent() -> None:
-    """torchrun itself, in a process that ends with its launcher and names the root cause.
-
-    Popen's `preexec_fn` could tie the two as well, but may deadlock where there are
-    threads, as in every notebook kernel.
-    """
-    launcher, folder, *flags = sys.argv[1:]
-    run = Path(folder)
-    _end_with(int(launcher), signal.SIGTERM)
-    os.environ[_AGENT] = str(os.getpid())
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    try:
-        main(flags)
-    except ChildFailedError as error:
-        write_text(run / "cause.txt", _cause(*error.get_first_failure(), run))
-        raise
-
-
-def _end_with(parent: int, number: int) -> None:
-    """Lets the kernel send signal `number` to this process when `parent` ends.
-
-    This also covers a parent that is killed. torchrun starts each rank in a session of
-    its own, so a signal to torchrun's group would not reach the ranks.
-    """
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
-    if os.getppid() != parent:  # it ended before the kernel knew
-        os.kill(os.getpid(), number)
-
-
-def _cause(rank: int, failure: "ProcessFailure", run: Path) -> str:
-    """One line: the rank, what it raised or how it ended, and where its log is."""
-    folders = run.glob(f"*/attempt_*/{failure.local_rank}")
-    log = max(folders, key=lambda path: path.stat().st_mtime) / "stderr.log"
-    if isinstance(failure.message, dict):  # from the error file that `record` wrote
-        said = textwrap.shorten(failure.message["message"], 500, placeholder=" ...")
-        return f"rank {rank}: {said}; its log is {log}"
-    return f"rank {rank} {_ended(failure.exitcode, log)}; its log is {log}"
-
-
-def _ended(code: int, log: Path) -> str:
-    """How a process ended that left no exception: its signal, or its last words."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"was killed by {name}" + " (out of memory?)" * (name == "SIGKILL")
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    return f"exited with code {code}: {textwrap.shorten(last, 500, placeholder=' ...')}"
 
 
 def _in_rank() -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import __version__, files
+from kit.launch import Stopped, time_left
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,19 @@ class Step:
     after: tuple[str, ...] = ()  # earlier steps whose results it reads
     outputs: tuple[Path, ...] = ()  # must exist when it ends; under FOLDER/..
     inputs: tuple[Path, ...] = ()  # files whose content decides the result
+    machine: dict[str, Any] = field(default_factory=dict)  # parameters that do not
 
 
 @dataclass(frozen=True)
 class Status:
     name: str
-    state: str  # done, stale (changed, or an output is gone), started, failed, missing
+    state: str  # done, stale (changed, or an output is gone), missing, or one of _LEFT
     seconds: float | None = None
     peak_bytes: int | None = None
+
+
+# a step that is not done, by the notebook it left behind: FOLDER/<name>.<suffix>.ipynb
+_LEFT = {"started": "running", "failed": "error", "stopped": "stopped"}
 
 
 class StepError(RuntimeError):
@@ -52,8 +58,11 @@ def run(
     """Runs, in order, the steps that are not done; all are checked before one starts.
 
     A step is done when its marker, FOLDER/<name>.done.json, holds its fingerprint (code
-    cells, parameters, fingerprints of the steps in `after`) and its outputs exist. A
-    notebook that leaves early by `sys.exit(0)` is judged in the same way.
+    cells, parameters but those in `machine`, fingerprints of the steps in `after`) and its
+    outputs exist. A notebook that leaves early by `sys.exit(0)` is judged in the same way.
+
+    Raises `Stopped` when a notebook does, or when no time is left before a step: then the
+    next run goes on from there.
 
     The steps in `force`, and `start` with every later one, lose their markers and
     outputs before the first step runs, so a failure does not make the next run forget
@@ -73,8 +82,10 @@ def run(
             fingerprints[step.name] = _fingerprint(step, fingerprints)
             if _status(step, folder, fingerprints[step.name]).state == "done":
                 print(f"{step.name}: done already", flush=True)
-            else:
-                _run_step(step, folder, fingerprints[step.name])
+                continue
+            if time_left() <= 0:
+                raise Stopped(_stopped("before", step))
+            _run_step(step, folder, fingerprints[step.name])
 
 
 def status(steps: Sequence[Step], folder: Path) -> list[Status]:
@@ -180,7 +191,9 @@ def _check_parameters(step: Step) -> None:
             f"{step.name}: {step.notebook} needs one cell tagged 'parameters', "
             f"it has {tagged}"
         )
-    for name, value in step.parameters.items():
+    for name in step.machine.keys() & step.parameters.keys():
+        raise ValueError(f"{step.name}: parameter {name} stands in machine, too")
+    for name, value in (step.parameters | step.machine).items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {close[0]!r}?" if close else ";"
@@ -207,7 +220,7 @@ def _fingerprint(step: Step, fingerprints: dict[str, str]) -> str:
 def _status(step: Step, folder: Path, fingerprint: str) -> Status:
     marker = folder / f"{step.name}.done.json"
     if not marker.exists():
-        for state, suffix in (("started", "running"), ("failed", "error")):
+        for state, suffix in _LEFT.items():
             if (folder / f"{step.name}.{suffix}.ipynb").exists():
                 return Status(step.name, state)
         return Status(step.name, "missing")
@@ -229,10 +242,12 @@ def _forget(step: Step, folder: Path) -> None:
 
 def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
     marker = folder / f"{step.name}.done.json"
-    running = folder / f"{step.name}.running.ipynb"
-    failed = folder / f"{step.name}.error.ipynb"
-    for path in (marker, running, failed):
+    left = {
+        state: folder / f"{step.name}.{suffix}.ipynb" for state, suffix in _LEFT.items()
+    }
+    for path in (marker, *left.values()):
         path.unlink(missing_ok=True)
+    running, kept = left["started"], left["failed"]
     print(f"{step.name}: running {step.notebook}", flush=True)
     began = time.monotonic()
     try:
@@ -245,17 +260,21 @@ def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
         used = f"{seconds:.1f} s, peak {_megabytes(peak.bytes)} MB"
         if reason:
             print(f"{step.name}: failed, {used}", flush=True)
-            raise StepError(f"{step.name}: {reason} (see {failed})")
+            raise StepError(f"{step.name}: {reason} (see {kept})")
         with files.replacing(folder / f"{step.name}.ipynb") as whole:
             running.replace(whole)
+    except Stopped:
+        kept = left["stopped"]
+        raise
     finally:
         if running.exists():
-            running.replace(failed)
+            running.replace(kept)
     files.write_json(
         marker,
         {
             "fingerprint": fingerprint,
             "parameters": step.parameters,
+            "machine": step.machine,
             "seconds": round(seconds, 3),
             "peak_bytes": peak.bytes,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -266,7 +285,7 @@ def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
 
 
 def _execute(step: Step, output: Path) -> str:
-    """Why the notebook failed, in one line; empty when it did not."""
+    """Why the notebook failed, in one line; empty when it did not. May raise Stopped."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -276,7 +295,7 @@ def _execute(step: Step, output: Path) -> str:
             papermill.execute_notebook(
                 _literal(notebook),
                 _literal(output),
-                step.parameters,
+                step.parameters | step.machine,
                 kernel_name="python3",
                 cwd=str(notebook.parent),
                 progress_bar=False,
@@ -291,12 +310,18 @@ def _execute(step: Step, output: Path) -> str:
                 extra_arguments=["--log-level=CRITICAL"],
             )
     except papermill.PapermillExecutionError as error:
+        if error.ename == Stopped.__name__:
+            raise Stopped(_stopped("at", step)) from None
         return " ".join(f"{error.ename}: {error.evalue}".split())[:1000]
     except DeadKernelError:
         return "the kernel was killed (out of memory?)"
     except (RuntimeError, TimeoutError) as error:  # no kernel came up, or it went mute
         return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
     return ""
+
+
+def _stopped(where: str, step: Step) -> str:
+    return f"stopped as asked {where} {step.name}; the same command goes on"
 
 
 @contextmanager

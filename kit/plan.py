@@ -1,15 +1,20 @@
 """A recipe, a data folder and a work folder -> the steps of the pipeline."""
 
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kit.pipeline import Step
 from kit.training import recipes
-from kit.training.stage import Stage, change
+from kit.training.job import Stage, change
 
 QUERY, INDEX = "query", "index"
-HOLDOUT = "index_train_holdout"  # what votes for an offline number
+# lists that hold validation's own images, and what stands in for them
+HOLDOUTS = {"all": "all_holdout", "index_train": "index_train_holdout"}
+VOTERS = "index_train"  # whose labelled images vote, or its stand-in
+LISTS = "00_image_lists"
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,13 @@ class Run:
     layout: str = "gldv2"  # of `data`, see kit.data.sources
     table: str = ""  # the CSV of layout csv
     index_ids: str = ""  # file with the ids of a competition's smaller index
-    num_gpus: int = 1
+    weights: Path = Path("weights")  # folder of released ImageNet weights
+    pretrained: str = "recipe"  # or other weights to start from, "" for random ones
+    num_gpus: int = 1  # of each node
     workers: int = 2
     save_every: int = 50  # steps
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
+    holdout: bool = True  # train on nothing that an offline number is measured on
 
     def __post_init__(self) -> None:
         for name, least in (("num_gpus", 1), ("workers", 0), ("save_every", 1)):
@@ -34,14 +42,47 @@ class Run:
                     f"{name} is {getattr(self, name)}, not at least {least}"
                 )
 
+    @cached_property
+    def stages(self) -> dict[str, tuple[Stage, dict[str, Any]]]:
+        """The recipe's stages as they will be trained, with what was changed in each."""
+        recipe = recipes.get(self.recipe)
+        for name in self.overrides:
+            recipe.stage(name)  # refuses a name that is not there
+        return {stage.name: self._changed(stage) for stage in recipe.stages}
+
+    def _changed(self, stage: Stage) -> tuple[Stage, dict[str, Any]]:
+        changes = self.overrides.get(stage.name, {})
+        if self.holdout and changes.get("images") in HOLDOUTS:
+            images = changes["images"]
+            raise ValueError(
+                f"stage {stage.name}: list {images} holds validation's own images; "
+                f"take {HOLDOUTS[images]}, or train on everything"
+            )
+        if self.holdout and "images" not in changes and stage.images in HOLDOUTS:
+            changes = changes | {"images": HOLDOUTS[stage.images]}
+        return change(stage, **changes), changes
+
+    @property
+    def index(self) -> str:
+        return "index_val" if self.index_ids else INDEX
+
+    @property
+    def voters(self) -> str:
+        return HOLDOUTS[VOTERS] if self.holdout else VOTERS
+
     @property
     def answers(self) -> Path:
         return self.work / "answers" / self.recipe
 
     @property
     def folder(self) -> Path:
-        """Executed notebooks and their markers."""
-        return self.work / f"pipeline-{self.recipe}"
+        """Executed notebooks and their markers; directly under `work`, as outputs must be."""
+        return self.work / f"pipeline-{self.recipe.replace('/', '-')}"
+
+    @property
+    def calls(self) -> Path:
+        """Where node 0 tells the other nodes what it launches."""
+        return self.folder / "nodes"
 
     @property
     def lists(self) -> Path:
@@ -73,15 +114,44 @@ class Run:
 
 
 def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
-    """Lists, every stage, features of all of them, tuning, submission."""
-    recipe = recipes.get(run.recipe)
-    for name, fields in run.overrides.items():  # refused here, before anything runs
-        change(recipe.stage(name), **fields)
-    index = "index_val" if run.index_ids else INDEX
-    trained_on = dict.fromkeys(stage.images for stage in recipe.stages)
-    wanted = [*trained_on, QUERY, index, HOLDOUT, "solution"]
-    lists = Step(
-        "00_image_lists",
+    """Lists, every stage, features of all of them, tuning, submission.
+
+    Without a holdout the last two are left out, and the untrained network's features, which
+    only they need: models that have seen validation's images allow no offline number.
+    """
+    models = list(run.stages)[::-1]
+    shown, trained = (
+        [QUERY, run.index],
+        [_train(run, each, notebooks) for each in run.stages],
+    )
+    after = (LISTS, *(step.name for step in trained))
+    seen = _extract(run, "trained", models, [*shown, run.voters], after, notebooks)
+    chain = [_lists(run, notebooks, continents), *trained]
+    if not run.holdout:
+        return [*chain, seen]
+    bare = _extract(run, "untrained", [recipes.UNTRAINED], shown, (LISTS,), notebooks)
+    return [
+        *chain,
+        bare,
+        seen,
+        *_answer(run, models, (bare.name, seen.name), notebooks),
+    ]
+
+
+def seconds(text: str) -> float:
+    """8.5h, 30m, 90s or 90 -> seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hms]?)", text)
+    value = float(found[1]) * {"h": 3600, "m": 60}.get(found[2], 1) if found else 0.0
+    if not value:
+        raise ValueError(f"{text!r} is no time to stop after; write 8.5h, 30m or 90s")
+    return value
+
+
+def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
+    trained_on = dict.fromkeys(stage.images for stage, _ in run.stages.values())
+    wanted = [*trained_on, QUERY, run.index, run.voters]
+    return Step(
+        LISTS,
         notebooks / "00_image_lists.ipynb",
         {
             "data": str(run.data),
@@ -90,64 +160,11 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
             "lists_folder": str(run.lists),
             "continents": str(continents),
             "index_ids": run.index_ids,
-            "wanted": wanted,
+            "wanted": wanted + ["solution"] * run.holdout,
         },
         outputs=(run.lists,),
         inputs=_inputs(run, continents),
     )
-    machine = {
-        "recipe": run.recipe,
-        "data": str(run.data),
-        "lists_folder": str(run.lists),
-        "runs": str(run.runs),
-        "num_gpus": run.num_gpus,
-        "workers": run.workers,
-    }
-    trained = [_train(run, stage, notebooks, machine) for stage in recipe.stages]
-    models = [stage.name for stage in reversed(recipe.stages)]
-    shown = [QUERY, index]
-    extracted = [
-        _extract(
-            run, "untrained", [recipes.UNTRAINED], shown, [lists], notebooks, machine
-        ),
-        _extract(
-            run,
-            "trained",
-            models,
-            [*shown, HOLDOUT],
-            [lists, *trained],
-            notebooks,
-            machine,
-        ),
-    ]
-    answer = {
-        "lists_folder": str(run.lists),
-        "features": str(run.features),
-        "index": index,
-        "chain_path": str(run.chain),
-        "gains_path": str(run.gains),
-    }
-    tuned = Step(
-        "04_tune_rerank",
-        notebooks / "04_tune_rerank.ipynb",
-        answer | {"models": models, "baseline": recipes.UNTRAINED},
-        tuple(step.name for step in extracted),
-        (run.chain, run.gains),
-    )
-    submitted = Step(
-        "05_submission",
-        notebooks / "05_submission.ipynb",
-        answer
-        | {
-            "out": str(run.submission),
-            "report_path": str(run.report),
-            "runs": str(run.runs),
-            "data": str(run.data),
-        },
-        (tuned.name,),
-        (run.submission,),
-    )
-    return [lists, *trained, *extracted, tuned, submitted]
 
 
 def _inputs(run: Run, continents: Path) -> tuple[Path, ...]:
@@ -157,19 +174,31 @@ def _inputs(run: Run, continents: Path) -> tuple[Path, ...]:
     return tuple(named + (sorted(tables) if run.layout == "gldv2" else []))
 
 
-def _train(run: Run, stage: Stage, notebooks: Path, machine: dict[str, Any]) -> Step:
-    folder = run.runs / stage.name
+def _places(run: Run) -> dict[str, Any]:
+    return {
+        "recipe": run.recipe,
+        "data": str(run.data),
+        "lists_folder": str(run.lists),
+        "runs": str(run.runs),
+        "weights": str(run.weights),
+    }
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    return {"num_gpus": run.num_gpus, "workers": run.workers}
+
+
+def _train(run: Run, name: str, notebooks: Path) -> Step:
+    stage, changes = run.stages[name]
+    folder = run.runs / name
     return Step(
-        f"02_train_{stage.name}",
+        f"02_train_{name}",
         notebooks / "02_train_stage.ipynb",
-        machine
-        | {
-            "stage": stage.name,
-            "save_every": run.save_every,
-            "overrides": run.overrides.get(stage.name, {}),
-        },
-        ("00_image_lists", *([f"02_train_{stage.init}"] if stage.init else [])),
+        _places(run)
+        | {"stage": name, "overrides": changes, "pretrained": run.pretrained},
+        (LISTS, *([f"02_train_{stage.init}"] if stage.init else [])),
         (folder, folder / "stage.json"),
+        machine=_machine(run) | {"save_every": run.save_every},
     )
 
 
@@ -178,14 +207,44 @@ def _extract(
     name: str,
     models: list[str],
     images: list[str],
-    after: list[Step],
+    after: tuple[str, ...],
     notebooks: Path,
-    machine: dict[str, Any],
 ) -> Step:
     return Step(
         f"03_features_{name}",
         notebooks / "03_extract_features.ipynb",
-        machine | {"models": models, "images": images, "features": str(run.features)},
-        tuple(step.name for step in after),
+        _places(run)
+        | {"models": models, "images": images, "features": str(run.features)}
+        | {"pretrained": run.pretrained},
+        after,
         tuple(run.features / model / each for model in models for each in images),
+        machine=_machine(run),
     )
+
+
+def _answer(
+    run: Run, models: list[str], after: tuple[str, ...], notebooks: Path
+) -> list[Step]:
+    shared = {
+        "lists_folder": str(run.lists),
+        "features": str(run.features),
+        "index": run.index,
+        "chain_path": str(run.chain),
+        "gains_path": str(run.gains),
+    }
+    tuned = Step(
+        "04_tune_rerank",
+        notebooks / "04_tune_rerank.ipynb",
+        shared | {"models": models, "baseline": recipes.UNTRAINED},
+        after,
+        (run.chain, run.gains),
+    )
+    pages = {"report_path": str(run.report), "runs": str(run.runs)}
+    submitted = Step(
+        "05_submission",
+        notebooks / "05_submission.ipynb",
+        shared | pages | {"out": str(run.submission), "data": str(run.data)},
+        (tuned.name,),
+        (run.submission,),
+    )
+    return [tuned, submitted]

@@ -1,63 +1,96 @@
-"""Runs a recipe from a data folder to a checked submission.csv, notebook by notebook."""
+"""Runs a recipe from a data folder to a checked submission.csv, notebook by notebook.
+
+On several machines the same command is given on each, with its own --node-rank: node 0
+runs the notebooks, the others join what these launch. All need the same --work folder.
+"""
 
 import argparse
 import json
 import os
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kit import pipeline, plan
+from kit import launch, pipeline, plan
 from kit.answers import metrics
+from kit.nodes import session
+from kit.training import recipes
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--recipe", default="toy", help="a name in kit.training.recipes"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the images"
+    add = parser.add_argument
+    names = ", ".join(recipes.RECIPES)
+    add("--recipe", default="toy", help=f"one of {names} (default: %(default)s)")
+    add("--data", type=Path, required=True, help="folder with the images")
+    add("--work", type=Path, required=True, help="everything is written here")
+    add("--layout", default="gldv2", help="of the data: gldv2, csv or folders")
+    add("--table", default="", help="layout csv: path,label[,group,split]")
+    add("--index-ids", default="", help="ids of a competition's smaller index")
+    add(
+        "--everything",
+        action="store_true",
+        help="train on validation's own images, too, for a submission whose answers "
+        "nobody has; no offline number is honest then, so steps 04 and 05 are left out",
     )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="everything is written here"
+    add(
+        "--weights",
+        type=Path,
+        default=ROOT / "weights",
+        help="released ImageNet weights",
     )
-    parser.add_argument(
-        "--layout", default="gldv2", help="of the data: gldv2, csv or folders"
+    add(
+        "--pretrained",
+        default="recipe",
+        help='what the first stage starts from: timm, lite0, a file, "" for random weights',
     )
-    parser.add_argument(
-        "--table", default="", help="layout csv: path,label[,group,split]"
-    )
-    parser.add_argument(
-        "--index-ids", default="", help="ids of a competition's smaller index"
-    )
-    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=max(0, min(8, (os.cpu_count() or 1) // 2 - 1)),
-        help="loader processes of each (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--save-every", type=int, default=50, help="steps between two states"
-    )
-    parser.add_argument(
+    add("--save-every", type=int, default=50, help="steps between two states")
+    add(
         "--set",
         action="append",
         default=[],
         metavar="STAGE.FIELD=VALUE",
         help="change a field of a stage; VALUE as in JSON",
     )
-    parser.add_argument(
-        "--force", action="append", default=[], metavar="STEP", help="run it again"
-    )
-    parser.add_argument(
-        "--from", dest="start", default="", metavar="STEP", help="and all after it"
-    )
-    parser.add_argument("--list", action="store_true", help="show the steps and stop")
+    add("--force", action="append", default=[], metavar="STEP", help="run it again")
+    add("--from", dest="start", default="", metavar="STEP", help="and all after it")
+    add("--list", action="store_true", help="show the steps and stop")
+    machine_options(parser)
     return parser.parse_args()
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """Those that change no result."""
+    add = parser.add_argument_group("machines").add_argument
+    add("--gpus", type=int, default=1, help="processes of each node, one a GPU")
+    add(
+        "--workers",
+        type=int,
+        default=max(0, min(8, (os.cpu_count() or 1) // 2 - 1)),
+        help="loader processes of each (default: %(default)s)",
+    )
+    add("--nodes", type=int, default=1, help="machines that share --work")
+    add("--node-rank", type=int, default=0, help="which one of them this is, from 0")
+    add("--rendezvous", default="", metavar="HOST:PORT", help="of node 0, for all")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times a launch goes on from its last state after a process has failed",
+    )
+    add(
+        "--stop-after",
+        default="",
+        metavar="TIME",
+        help="8.5h, 30m, 90s: save and end then; the same command goes on",
+    )
 
 
 def overrides(settings: list[str]) -> dict[str, dict[str, object]]:
@@ -82,20 +115,50 @@ def main() -> None:
         given.work.resolve(),
         layout=given.layout,
         table=str(Path(given.table).resolve()) if given.table else "",
+        weights=given.weights.resolve(),
+        pretrained=given.pretrained,
         index_ids=str(Path(given.index_ids).resolve()) if given.index_ids else "",
         num_gpus=given.gpus,
         workers=given.workers,
         save_every=given.save_every,
         overrides=overrides(given.set),
+        holdout=not given.everything,
     )
     steps = plan.steps(
         run, ROOT / "notebooks", ROOT / "datasets_meta" / "continents.csv"
     )
-    if not given.list:
-        pipeline.run(steps, run.folder, force=given.force, start=given.start)
-    print(pipeline.table(pipeline.status(steps, run.folder)))
     if given.list:
-        return
+        print(pipeline.table(pipeline.status(steps, run.folder)))
+    elif given.node_rank:
+        place = launch.Place(given.nodes, given.node_rank, given.rendezvous)
+        launch.serve(run.calls, given.gpus, place)
+    else:
+        lead(given, run, steps)
+
+
+def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -> None:
+    """What node 0 does, or the only one."""
+    place = launch.Place(given.nodes, 0, given.rendezvous, given.max_restarts)
+    several = given.nodes > 1
+    os.environ |= place.environment(run.calls if several else None)
+    if given.stop_after:
+        os.environ[launch.STOP_AT] = str(time.time() + plan.seconds(given.stop_after))
+    if given.everything:
+        print("trains on everything: no step 04 or 05, for no offline number is honest")
+    stop = ""
+    try:
+        with session.host(run.calls, launch.Stopped) if several else nullcontext():
+            pipeline.run(steps, run.folder, force=given.force, start=given.start)
+    except launch.Stopped as stopped:
+        stop = str(stopped)
+    print(pipeline.table(pipeline.status(steps, run.folder)))
+    if stop:
+        print(stop)
+    elif run.holdout:
+        report(run)
+
+
+def report(run: plan.Run) -> None:
     print(f"\n{'step':28}  public  private")
     for step, public, private, note in metrics.read_gains(run.gains):
         print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")

@@ -1,6 +1,6 @@
+import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit.launch import Rank, RankError, entry, group, launch
+from kit.launch import (
+    Place,
+    Rank,
+    RankError,
+    Stopped,
+    entry,
+    group,
+    launch,
+    time_left,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from kit.launch import entry, group
+from kit.launch import Stopped, entry, group
 
 
 @entry
@@ -42,8 +51,14 @@ def main(arguments=None):
             raise ValueError("no such\\nlabel")
         if task == "kill" and last:
             os.kill(os.getpid(), signal.SIGKILL)
-        if task == "raise once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if task == "raise once" and len(list(folder.glob(f"{rank.rank}.*"))) == 1:
             raise ValueError("the first time")
+        if task in ("stop", "half"):
+            time.sleep(rank.rank)  # the others are there until the last one is done
+            if task == "half" and last:
+                raise ValueError("not saved")
+            (folder / f"saved{rank.rank}").touch()
+            raise Stopped("saved, the time is over")
         if task == "stick" and last:
             threading.Thread(target=time.sleep, args=(600,)).start()
             raise ValueError("but one thread goes on")
@@ -140,9 +155,6 @@ def test_a_killed_rank_is_named_and_not_the_error_of_an_earlier_run(worker):
             "no_such_module cannot be launched: there is no",
         ),
         ({"module": "no_such.module"}, "no_such.module cannot be launched: No module"),
-        ({"node_rank": 1}, "node_rank 1 is not one of 1 nodes"),
-        ({"nodes": 2}, "2 nodes need rendezvous='host:port' of node 0, not ''"),
-        ({"nodes": 2, "rendezvous": "a:1", "max_restarts": 1}, "needs nodes=1"),
         ({"processes": 3}, "3 processes do not fit on 2 CUDA devices"),
     ],
 )
@@ -154,6 +166,72 @@ def test_what_cannot_run_is_refused(change, words, tmp_path, monkeypatch):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({"node_rank": 1}, "node_rank 1 is not one of 1 nodes"),
+        ({"nodes": 0}, "node_rank 0 is not one of 0 nodes"),
+        ({"nodes": 2}, "2 nodes need rendezvous='host:port' of node 0, not ''"),
+        ({"nodes": 2, "rendezvous": "a:99999"}, "not 'a:99999'"),
+        ({"nodes": 2, "rendezvous": ":80"}, "not ':80'"),
+        ({"nodes": 2, "rendezvous": "a"}, "not 'a'"),
+        ({"max_restarts": -1}, "max_restarts is -1, not at least 0"),
+        ({"patience": 0}, "patience is 0; it must be some seconds"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(place, words):
+    with pytest.raises(ValueError, match=words):
+        Place(**place)
+
+
+def test_a_host_may_be_an_ipv6_address():
+    place = Place(2, 0, "[fe80::1]:29500")
+    assert (place.host, place.port) == ("fe80::1", 29500)
+
+
+@pytest.mark.slow
+def test_the_environment_is_the_place_of_a_launch_that_names_none(worker, monkeypatch):
+    for name, value in Place(2, 1, "localhost:1", 1, 0.5).environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match="node 1 waited 0.5 s for node 0") as error:
+        launch("worker", [], processes=1, logs=worker / "logs")
+    assert "localhost:1" in str(error.value)
+    assert len(list((worker / "logs").iterdir())) == 1 + 1
+    monkeypatch.setenv("KIT_NODES", "two")
+    with pytest.raises(ValueError, match="KIT_NODES is 'two', not a number"):
+        launch("worker", [], processes=1, logs=worker / "logs")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_ranks_are_no_failure_and_are_waited_for(worker, processes):
+    place = Place(max_restarts=1)  # which does not restart what was stopped
+    with pytest.raises(Stopped, match="^saved, the time is over$"):
+        launch(
+            *("worker", [str(worker), "stop"]),
+            processes=processes,
+            logs=worker / "logs",
+            place=place if processes == 2 else None,
+        )
+    saved = {path.name for path in worker.glob("saved*")}
+    assert saved == {f"saved{rank}" for rank in range(processes)}
+
+
+@pytest.mark.slow
+def test_a_failure_beside_a_stop_is_a_failure(worker):
+    with pytest.raises(RankError, match="rank 1: ValueError: not saved"):
+        launch("worker", [str(worker), "half"], processes=2, logs=worker / "logs")
+
+
+def test_the_time_that_is_left_is_told_by_the_environment(monkeypatch):
+    monkeypatch.delenv("KIT_STOP_AT", raising=False)
+    assert time_left() == math.inf
+    monkeypatch.setenv("KIT_STOP_AT", str(time.time() + 100))
+    assert 90 < time_left() <= 100
+    monkeypatch.setenv("KIT_STOP_AT", "tomorrow")
+    with pytest.raises(ValueError, match="KIT_STOP_AT is 'tomorrow', not a unix time"):
+        time_left()
+
+
 @pytest.mark.slow
 def test_an_error_before_main_is_quoted_from_the_log(worker):
     with pytest.raises(RankError, match="exited with code 1: ModuleNotFoundError: No"):
@@ -161,10 +239,10 @@ def test_an_error_before_main_is_quoted_from_the_log(worker):
 
 
 @pytest.mark.slow
-def test_an_error_of_torchrun_itself_is_quoted(worker):
-    options = {"processes": 1, "nodes": 2, "rendezvous": "127.0.0.1:99999"}
-    with pytest.raises(RankError, match="torchrun exited with code 1: .*port"):
-        launch("worker", [], logs=worker / "logs", **options)
+def test_an_error_of_torchrun_itself_is_quoted(worker, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon")
+    with pytest.raises(RankError, match="torchrun exited with code 1: .*'soon'"):
+        launch("worker", [], processes=2, logs=worker / "logs")
 
 
 @pytest.mark.slow
@@ -176,10 +254,20 @@ def test_a_failed_rank_that_cannot_leave_is_ended_within_a_minute(worker):
 
 
 @pytest.mark.slow
-def test_ranks_are_restarted(worker):
-    options = {"processes": 2, "max_restarts": 1, "logs": worker / "logs"}
+def test_ranks_are_restarted(worker, capsys):
+    options = {"processes": 2, "logs": worker / "logs", "place": Place(max_restarts=1)}
     launch("worker", [str(worker), "raise once"], **options)
     assert len(list(worker.glob("[01].*"))) == 4
+    assert "ValueError: the first time; its log" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_single_process_that_may_be_restarted_is_a_rank(worker):
+    place = Place(max_restarts=2)
+    options = {"processes": 1, "logs": worker / "logs", "place": place}
+    with pytest.raises(RankError, match="rank 0 was killed by SIGKILL"):
+        launch("worker", [str(worker), "kill"], **options)
+    assert len(list(worker.glob("0.*"))) == 3
 
 
 @pytest.mark.slow
@@ -192,30 +280,6 @@ def test_launches_do_not_collide(worker):
 
     with ThreadPoolExecutor() as pool:
         assert all(pool.map(one, ["a", "b"]))
-
-
-@pytest.mark.slow
-def test_two_nodes_form_one_group_with_rank_0_on_node_0(worker, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        rendezvous = f"127.0.0.1:{server.getsockname()[1]}"
-
-    def one(node):
-        (worker / f"node{node}").mkdir()
-        launch(
-            "worker",
-            [str(worker / f"node{node}"), "sum"],
-            processes=2,
-            nodes=2,
-            node_rank=node,
-            rendezvous=rendezvous,
-            logs=worker / "logs",
-        )
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(one, [1, 0]))
-    assert capsys.readouterr().out == "sum 10 of 4 []\n" * 2  # one line from each node
-    ranks = sorted(path.relative_to(worker) for path in worker.glob("node*/*"))
-    assert [str(path) for path in ranks] == ["node0/0", "node0/1", "node1/2", "node1/3"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from kit import __version__, files, pipeline
+from kit.launch import Stopped
 from kit.pipeline import Status, Step, StepError
 
 PARAMETERS = """\
@@ -108,6 +109,20 @@ def test_an_edited_cell_or_parameter_reruns_the_step_and_those_that_read_it(
     assert states(chain, folder) == ["done", "stale", "done"]
     pipeline.run(chain, folder)
     assert written(chain) == ["11", "222", "3"]
+
+
+def test_what_belongs_to_the_machine_is_passed_but_makes_nothing_stale(chain, folder):
+    write_notebook(
+        chain[0].notebook, "with open(out, 'a') as file: file.write(f'{size}')"
+    )
+    chain[0] = replace(chain[0], machine={"size": 8})
+    pipeline.run(chain, folder)
+    assert written(chain) == ["8", "2", "3"]
+    assert files.read_json(folder / "step1.done.json")["machine"] == {"size": 8}
+    chain[0] = replace(chain[0], machine={"size": 1})
+    assert states(chain, folder) == ["done", "done", "done"]
+    pipeline.run(chain, folder, force=["step1"])
+    assert written(chain)[0] == "1"
 
 
 def test_prose_outputs_and_cell_ids_do_not_matter(chain, folder):
@@ -208,6 +223,13 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(chain, folder):
     )
 
 
+def test_parameters_of_the_machine_are_checked_like_the_others(chain, folder):
+    chain[2] = replace(chain[2], machine={"sise": 512})
+    assert "unknown parameter 'sise', did you mean 'size'?" in refusal(chain, folder)
+    chain[2] = replace(chain[2], machine={"text": "3"})
+    assert refusal(chain, folder) == "step3: parameter text stands in machine, too"
+
+
 @pytest.mark.parametrize("value", [Path("a"), (1, 2), {1: 2}, float("nan"), [{3}]])
 def test_a_parameter_that_papermill_would_bend_is_refused(chain, folder, value):
     chain[0] = replace(chain[0], parameters={"text": value})
@@ -285,6 +307,64 @@ def test_a_failing_cell_is_one_line_and_the_next_run_goes_on_from_there(chain, f
     assert written(chain) == ["1", "2", "3"]
     assert states(chain, folder) == ["done"] * 3
     assert not kept.exists()
+
+
+def test_a_notebook_that_stops_ends_the_chain_and_the_next_run_goes_on(chain, folder):
+    stop = "from kit.launch import Stopped; raise Stopped('saved')"
+    write_notebook(chain[1].notebook, stop)
+    with pytest.raises(Stopped) as stopped:
+        pipeline.run(chain, folder)
+    said = "stopped as asked at step2; the same command goes on"
+    assert str(stopped.value) == said
+    assert states(chain, folder) == ["done", "stopped", "missing"]
+    assert not list(folder.glob("*.error.ipynb"))
+    assert "saved" in (folder / "step2.stopped.ipynb").read_text()
+    write_notebook(chain[1].notebook, WRITE)
+    pipeline.run(chain, folder)
+    assert written(chain) == ["1", "2", "3"]
+    assert not list(folder.glob("*.stopped.ipynb"))
+
+
+def test_no_step_starts_when_the_time_is_over(chain, folder, monkeypatch):
+    pipeline.run(chain[:1], folder)
+    monkeypatch.setenv("KIT_STOP_AT", str(time.time()))
+    with pytest.raises(Stopped, match="^stopped as asked before step2; the same"):
+        pipeline.run(chain, folder)
+    assert states(chain, folder) == ["done", "missing", "missing"]
+    pipeline.run(chain[:1], folder)  # what is done needs no time
+    monkeypatch.setenv("KIT_STOP_AT", str(time.time() + 100))
+    pipeline.run(chain, folder)
+    assert written(chain) == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_of_a_notebook_that_stop_end_the_chain(
+    chain, folder, processes, monkeypatch
+):
+    module = """
+        import sys
+        from kit.launch import Stopped, entry, group
+
+        @entry
+        def main(arguments=None):
+            with group():
+                raise Stopped("saved")
+
+        if __name__ == "__main__":
+            main()
+    """
+    (folder.parent / "worker.py").write_text(textwrap.dedent(module))
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    logs = f"logs=Path({str(folder)!r}) / 'logs'"
+    write_notebook(
+        chain[1].notebook,
+        "from pathlib import Path\nfrom kit.launch import launch",
+        f"launch('worker', [], processes={processes}, {logs})",
+    )
+    with pytest.raises(Stopped, match="^stopped as asked at step2"):
+        pipeline.run(chain, folder)
 
 
 def test_a_killed_kernel_is_reported_as_such(chain, folder):

@@ -1,0 +1,122 @@
+"""torchrun, in a process that ends with its launcher and names what failed first.
+
+`python -m kit.nodes.agent LAUNCHER FOLDER NODE FLAG...`, started by kit.launch: the
+launcher's process id, a folder for this run's logs, a `Node` as JSON, and torchrun's flags.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kit.files import write_text
+from kit.nodes.peers import CAUSE, Node, Peers
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+AGENT = "KIT_LAUNCH_AGENT"  # process id of the torchrun a rank belongs to
+FOLDER = "KIT_LAUNCH_FOLDER"  # of this run's logs
+
+
+def main(arguments: list[str]) -> None:
+    """Runs torchrun; the exit status and CAUSE in FOLDER say how that ended."""
+    launcher, folder, node, *flags = arguments
+    # Popen's `preexec_fn` may deadlock where there are threads, as in a notebook kernel
+    end_with(int(launcher), signal.SIGTERM)
+    os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
+    where, run = Node(**json.loads(node)), Path(folder)
+    if where.nodes == 1:
+        _alone(run, flags)
+    else:
+        _together(Peers(where, run), flags)
+
+
+def _alone(run: Path, flags: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(flags)
+    except ChildFailedError as error:
+        write_text(run / CAUSE, cause(*error.get_first_failure(), run))
+        raise
+
+
+def _together(peers: "Peers", flags: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+    from torch.distributed.run import main as torchrun
+
+    node = peers.node
+    # until torchrun has its own handler, so that the others hear of it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        peers.meet()
+        torchrun([*peers.flags(), *flags])
+        peers.finish()
+    except ChildFailedError as error:
+        first = error.get_first_failure()
+        # NCCL ends a rank by SIGABRT when its peer is gone
+        peers.fail(
+            cause(*first, peers.run), doubtful=first[1].exitcode == -signal.SIGABRT
+        )
+        raise
+    except RendezvousTimeoutError:
+        peers.fail(
+            f"not all of {node.nodes} nodes came to {node.endpoint} "
+            f"within {node.patience:g} s"
+        )
+        raise
+    except (SignalException, KeyboardInterrupt):
+        peers.fail("it was interrupted")
+        raise
+    except TimeoutError as error:
+        peers.fail(str(error))
+        raise
+    except Exception as error:
+        peers.fail(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        peers.leave()
+
+
+def cause(rank: int, failure: "ProcessFailure", run: Path) -> str:
+    """One line: the rank, what it raised or how it ended, and where its log is."""
+    folders = run.glob(f"*/attempt_*/{failure.local_rank}")
+    log = max(folders, key=lambda path: path.stat().st_mtime) / "stderr.log"
+    if isinstance(failure.message, dict):  # from the error file that `record` wrote
+        said = textwrap.shorten(failure.message["message"], 500, placeholder=" ...")
+        return f"rank {rank}: {said}; its log is {log}"
+    return f"rank {rank} {ended(failure.exitcode, log)}; its log is {log}"
+
+
+def ended(code: int, log: Path) -> str:
+    """How a process ended that left no exception: its signal, or its last words."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + " (out of memory?)" * (name == "SIGKILL")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return f"exited with code {code}: {textwrap.shorten(last, 500, placeholder=' ...')}"
+
+
+def end_with(parent: int, number: int) -> None:
+    """Lets the kernel send signal `number` to this process when `parent` ends.
+
+    This also covers a parent that is killed. torchrun starts each rank in a session of
+    its own, so a signal to torchrun's group would not reach the ranks.
+    """
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), number)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
