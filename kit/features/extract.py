@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from kit import files, launch
+from kit import config, files, launch
 from kit.data import lists
 from kit.data.images import EvalImages, in_worker
+from kit.data.readers import open_reader
 from kit.features import store
 from kit.models import net as nets
 
@@ -46,26 +47,19 @@ class Job:
     flip: bool = False  # add the mirrored image's embedding
     max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
 
+    def __post_init__(self) -> None:
+        config.check(self, least={"batch": 1, "workers": 0, "max_unreadable": 0})
+
     def write(self) -> Path:
-        values = asdict(self) | {name: str(getattr(self, name)) for name in _PATHS}
-        return files.write_json(self.out / "job.json", values)
-
-    @staticmethod
-    def read(path: Path) -> "Job":
-        values = files.read_json(path)
-        values |= {name: Path(values[name]) for name in _PATHS}
-        return Job(**values | {"scales": tuple(values["scales"])})
+        return config.write(self, self.out / "job.json")
 
 
-_PATHS = ("model", "lists", "data", "out")
-
-
-def untrained(config: nets.NetConfig, folder: Path) -> Path:
+def untrained(net: nets.NetConfig, folder: Path) -> Path:
     """Saves the pretrained backbone, pooled and without a neck: where a recipe starts."""
-    config = replace(config, neck="none")
+    net = replace(net, neck="none")
     about = folder / "model.json"
-    if not about.exists() or nets.load(folder).config != config:
-        nets.save(nets.build(config), folder, seen={})
+    if not about.exists() or nets.load(folder).config != net:
+        nets.save(nets.build(net), folder, seen={})
     return folder
 
 
@@ -177,7 +171,8 @@ def _fill(job: Job, ids: np.ndarray, paths: np.ndarray, rank: launch.Rank) -> No
 
 
 def _refuse_wrong_root(data: Path, paths: np.ndarray) -> None:
-    if not any((data / path).exists() for path in paths[:100]):
+    reader = open_reader(data)
+    if not any(reader.exists(path) for path in paths[:100]):
         raise FileNotFoundError(
             f"{data}: {paths[0]} is not there, nor are the list's next images; "
             "is this the folder that the list's paths start from?"
@@ -188,7 +183,7 @@ def _refuse_wrong_root(data: Path, paths: np.ndarray) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     (path,) = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(Job.read(Path(path)))
+    run(config.read(Job, Path(path)))
 
 
 if __name__ == "__main__":

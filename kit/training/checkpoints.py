@@ -3,27 +3,39 @@
 runs/<recipe>/<stage>/model.safetensors, model.json   the network (kit.models.net)
                       head.safetensors                the classifier, for the next stage
                       stage.json                      what made them; written last
-                      log.csv                         loss and learning rate by step
+                      log.csv, tensorboard/           loss, learning rate, speed by step
                       resume/state.pt                 while the stage is unfinished
 """
 
 import csv
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import kit
 from kit import files
+from kit.losses.heads import Classifier
 from kit.models import net as nets
-from kit.models.weights import load_strictly, write_weights
+from kit.models.weights import write_weights
 
-LOG = ("step", "epoch", "loss", "lr", "images_per_second")
+
+class LogRow(NamedTuple):
+    """A line of log.csv: means and rates since the line before."""
+
+    step: int
+    epoch: float  # of the schedule
+    loss: float
+    lr: float
+    images_per_second: float
+    waiting: float  # share of the time spent waiting for images
+    gpu_gb: float  # most memory in use on the first process's GPU; 0 on CPU
 
 
 def prepare(folder: Path, config: str) -> bool:
@@ -43,7 +55,7 @@ def prepare(folder: Path, config: str) -> bool:
 
 
 def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:
-    """Everything needed to go on: modules, optimizer, scaler, step, log; replaces the last one."""
+    """Everything needed to go on: weights, optimisers, scaler, step, log; replaces the last one."""
     path = folder / "resume" / "state.pt"
     with files.replacing(path) as temporary:
         try:
@@ -60,7 +72,7 @@ def load_state(folder: Path, config: str) -> dict[str, Any] | None:
     path = folder / "resume" / "state.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state if state["fingerprint"] == config else None
 
 
@@ -74,31 +86,55 @@ def clear(folder: Path) -> None:
         "log.csv",
     ):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "resume", ignore_errors=True)
+    for name in ("resume", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def gathered(state: dict[str, Any], head: Classifier) -> dict[str, Any]:
+    """The state of the classifier's optimiser with all rows, on rank 0; every rank takes part."""
+    return _by_rows(state, head.gather)
+
+
+def split(state: dict[str, Any], head: Classifier) -> dict[str, Any]:
+    """This rank's rows of what `gathered` made, at whatever number of ranks."""
+    return _by_rows(state, head.rows)
+
+
+def _by_rows(
+    state: dict[str, Any], of: Callable[[Tensor], Tensor | None]
+) -> dict[str, Any]:
+    moments = {
+        index: {
+            name: of(value) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def save_result(
     folder: Path,
     network: nets.EmbeddingNet,
-    head: nn.Module,
+    head: Mapping[str, Tensor],
     about: Mapping[str, Any],
     seen: dict[str, str],
 ) -> Path:
     """Writes the stage's result, stage.json last, and removes the resume state."""
     nets.save(network, folder, seen)
-    write_weights(folder / "head.safetensors", head.state_dict())
+    write_weights(folder / "head.safetensors", head)
     files.write_json(folder / "stage.json", {**about, "kit": kit.__version__})
     shutil.rmtree(folder / "resume", ignore_errors=True)
     return folder
 
 
 def hand_over(
-    folder: Path, network: nets.EmbeddingNet, head: nn.Module
+    folder: Path, network: nets.EmbeddingNet, head: Classifier | None
 ) -> dict[str, str]:
     """Loads the stage saved in `folder` into a network and a classifier; returns what it saw.
 
     Strict, but for the classifier's rows: it may grow, and since clean landmarks come first the
-    learned rows keep their places.
+    learned rows keep their places. Without a classifier, its own stays as it is.
     """
     about = nets.describe(folder)
     if not (folder / "stage.json").exists():
@@ -106,35 +142,50 @@ def hand_over(
             f"{folder}: the stage is not finished; run it to its end first"
         )
     nets.load_weights(network, folder)
-    source = folder / "head.safetensors"
-    load_strictly(head, grown(load_file(source), head.state_dict(), source), source)
+    if head is not None:
+        source = folder / "head.safetensors"
+        head.load_full(load_file(source), source)
     return about["seen"]
 
 
-def grown(
-    old: Mapping[str, Tensor], own: Mapping[str, Tensor], source: object
-) -> dict[str, Tensor]:
-    """The old classifier's rows on top of our own; refuses to shrink."""
-    weights = dict(old)
-    rows, mine = old["weight"], own["weight"].detach().clone()
-    if len(rows) > len(mine):
-        raise ValueError(f"{source}: {len(rows)} classes do not fit in {len(mine)}")
-    if rows.shape[1:] == mine.shape[1:]:
-        mine[: len(rows)] = rows
-        weights["weight"] = mine
-    return weights
-
-
-def write_log(folder: Path, rows: Sequence[Sequence[float]]) -> None:
+def write_log(folder: Path, rows: Sequence[LogRow]) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(LOG)
+    table.writerow(LogRow._fields)
     table.writerows(rows)
     files.write_text(folder / "log.csv", text.getvalue())
 
 
 def read_log(folder: Path) -> dict[str, list[float]]:
-    """Columns of LOG."""
+    """Columns of LogRow."""
     with (folder / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in LOG}
+    return {name: [float(row[name]) for row in rows] for name in LogRow._fields}
+
+
+class Scalars:
+    """The log's columns for TensorBoard; what a killed run wrote after `step` is dropped."""
+
+    def __init__(self, folder: Path, step: int, on: bool) -> None:
+        self.folder, self.step, self.on = folder / "tensorboard", step, on
+
+    def __enter__(self) -> Self:
+        if self.on:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+        return self
+
+    def add(self, row: LogRow) -> None:
+        for name, value in row._asdict().items():
+            if name != "step":
+                self.writer.add_scalar(name, value, row.step)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.on:
+            self.writer.close()

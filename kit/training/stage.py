@@ -3,169 +3,39 @@
 `python -m kit.training.stage JOB.json`, alone or under torchrun; `run` does the work.
 """
 
-import dataclasses
 import logging
-import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from kit import files, launch
+from kit import config, files, launch
 from kit.data import lists
-from kit.data.augment import Augment
+from kit.data.decode_gpu import JpegImages, collate, on_device
 from kit.data.images import TrainImages, in_worker
 from kit.data.samplers import Batches
-from kit.losses.heads import ArcFace
+from kit.losses.heads import Classifier
+from kit.models import lora
 from kit.models import net as nets
-from kit.training import checkpoints
+from kit.training import checkpoints, optim
+from kit.training.job import Job
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Everything that decides the weights one training stage produces."""
-
-    name: str
-    images: str  # image list: clean, c2x, ...; rows without a label are left out
-    size: int  # side of the square input while training, pixels
-    epochs: int
-    batch: int  # images a step, over all processes
-    lr: float  # peak of the cosine
-    eval_size: int = 0  # at extraction, 0: as trained; crops enlarge (FixRes, 2019)
-    init: str = ""  # the earlier stage; "": the network's pretrained weights
-    warmup: float = 0.0  # epochs
-    optimizer: str = "sgd"  # with momentum 0.9, or "adamw"
-    weight_decay: float = 5e-4  # none on norms and biases
-    head_lr: float = 1.0  # the classifier's learning rate, as a multiple
-    margin: float = 0.3  # ArcFace, radians
-    scale: float = 30.0
-    clip: float = 0.0  # largest norm of the gradient; 0: unlimited
-    augment: Augment = field(default_factory=Augment)
-    seed: int = 0
-    max_unreadable: float = 0.02  # share of the list; more stops the stage
-
-    def __post_init__(self) -> None:
-        for field_ in dataclasses.fields(self):
-            value, least = getattr(self, field_.name), LEAST.get(field_.name)
-            fits = isinstance(value, KINDS.get(field_.type, object))
-            if not fits or isinstance(value, bool):
-                raise ValueError(
-                    f"stage {self.name}: {field_.name} cannot be {value!r}"
-                )
-            if least is not None and not least <= value < math.inf:
-                raise ValueError(
-                    f"stage {self.name}: {field_.name} is {value}, not at least {least}"
-                )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
-            )
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "Stage":
-        return Stage(**{**values, "augment": Augment(**values.get("augment", {}))})
-
-
-KINDS = {int: int, float: (int, float), str: str}
-LEAST = {  # what a field must be at least
-    **dict.fromkeys(("size", "epochs", "batch"), 1),
-    **dict.fromkeys(("lr", "scale"), 1e-12),
-    **dict.fromkeys(("eval_size", "warmup", "weight_decay", "head_lr", "margin"), 0),
-    **dict.fromkeys(("clip", "seed", "max_unreadable"), 0),
-}
-OPTIMIZERS = {
-    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
-    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A stage and where it runs: what a process needs to do its part."""
-
-    stage: Stage
-    net: nets.NetConfig
-    lists: Path  # folder of the image lists
-    data: Path  # folder that the lists' paths start from
-    runs: Path  # folder of this recipe's stages
-    workers: int = 2  # loader processes of each rank
-    save_every: int = 200  # steps between two resume states
-    log_every: int = 10
-
-    @property
-    def folder(self) -> Path:
-        return self.runs / self.stage.name
-
-    def write(self) -> Path:
-        return files.write_json(
-            self.folder / "job.json",
-            asdict(self) | {n: str(getattr(self, n)) for n in _PATHS},
-        )
-
-    @staticmethod
-    def read(path: Path) -> "Job":
-        values = files.read_json(path)
-        values |= {name: Path(values[name]) for name in _PATHS}
-        values["stage"] = Stage.from_dict(values["stage"])
-        values["net"] = nets.NetConfig.from_dict(values["net"])
-        return Job(**values)
-
-
-_PATHS = ("lists", "data", "runs")
-
-
-def change(stage: Stage, **overrides: Any) -> Stage:
-    """`stage` with some fields changed, those of `augment` by their own names."""
-    own = {f.name for f in dataclasses.fields(Stage)} - {"name", "augment"}
-    pixels = {f.name for f in dataclasses.fields(Augment)}
-    unknown = sorted(set(overrides) - own - pixels)
-    if unknown:
-        raise ValueError(
-            f"stage {stage.name} has no field {unknown[0]!r}; fields: "
-            + ", ".join(sorted(own | pixels))
-        )
-    augment = dataclasses.replace(
-        stage.augment, **{k: v for k, v in overrides.items() if k in pixels}
-    )
-    changes = {k: v for k, v in overrides.items() if k in own}
-    return dataclasses.replace(stage, augment=augment, **changes)
-
-
-def cosine(step: int, per_epoch: int, stage: Stage) -> float:
-    """Learning rate after `step` steps (2021): from 1 % of the peak up in the warm-up, down to 0.2 %.
-
-    The warm-up is not subtracted from the cosine's time, so its end steps down a little.
-    """
-    t = step / per_epoch
-    if t < stage.warmup:
-        start = 0.01 * stage.lr
-        return start + t * (stage.lr - start) / stage.warmup
-    floor = 0.002 * stage.lr
-    return floor + 0.5 * (stage.lr - floor) * (
-        1 + math.cos(math.pi * min(t / stage.epochs, 1))
-    )
-
-
-class _Step(nn.Module):
-    """Network and classifier as one module, so that their gradients travel together."""
-
-    def __init__(self, net: nets.EmbeddingNet, head: nn.Module) -> None:
-        super().__init__()
-        self.net, self.head = net, head
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.head(self.net(self.net.config.input.normalise(images)), labels)
+# asked for on CPU for another reason, see _wrap
+warnings.filterwarnings("ignore", message="find_unused_parameters=True")
 
 
 def run(job: Job) -> Path:
@@ -173,96 +43,142 @@ def run(job: Job) -> Path:
 
     A finished stage of the same configuration is left as it is; another configuration's result in
     the same folder is replaced. On CPU an interrupted and an uninterrupted run give the same bits
-    for the same number of processes and threads.
+    for the same number of processes and threads. Raises launch.Stopped when the time is over that
+    the environment grants, after it has saved where it was.
     """
     with launch.group() as rank:
-        images = lists.load(job.lists, job.stage.images, ("id", "path", "label"))
+        images = lists.load(job.lists, job.stage.images, _columns(job))
         earlier = (
             nets.describe(job.runs / job.stage.init)["hash"] if job.stage.init else ""
         )
-        config = files.fingerprint(
+        made_by = files.fingerprint(
             {
-                "stage": asdict(job.stage),
-                "net": asdict(job.net),
+                "stage": config.to_dict(job.stage),
+                "net": config.to_dict(job.net),
                 "list": images.hash,
                 "earlier": earlier,
             }
         )
         with files.lock(job.folder) if rank.main else nullcontext():
-            done = [rank.main and checkpoints.prepare(job.folder, config)]
-            if rank.world > 1:
-                dist.broadcast_object_list(
-                    done
-                )  # rank 0 has the lock, its answer counts
+            done = [rank.main and checkpoints.prepare(job.folder, made_by)]
+            if rank.world > 1:  # rank 0 has the lock, its answer counts
+                dist.broadcast_object_list(done)
             if not done[0]:
-                _Training(job, images, config, rank).run()
+                _Training(job, images, made_by, rank).run()
     return job.folder
+
+
+def _columns(job: Job) -> tuple[str, ...]:
+    """Columns of the list that this stage needs: text of millions of rows weighs gigabytes."""
+    columns = ["id", "path", "label", "clean"]
+    if job.stage.sampling.order == "continent":
+        columns.append("continent")
+    if job.stage.template:
+        columns += ["height", "width"]
+    return tuple(columns)
+
+
+class _Parts(Sampler[list[tuple[int, int]]]):
+    """Every batch in `parts` equal pieces, one after the other."""
+
+    def __init__(self, batches: Batches, parts: int) -> None:
+        self.batches, self.parts = batches, parts
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            size = len(batch) // self.parts
+            for start in range(0, len(batch), size):
+                yield batch[start : start + size]
 
 
 class _Training:
     """The state of one stage while it runs on one rank."""
 
     def __init__(
-        self, job: Job, images: lists.ImageList, config: str, rank: launch.Rank
+        self, job: Job, images: lists.ImageList, made_by: str, rank: launch.Rank
     ) -> None:
-        self.job, self.config, self.rank, stage = job, config, rank, job.stage
+        self.job, self.made_by, self.rank, stage = job, made_by, rank, job.stage
         rows = images.rows[images.rows["label"] >= 0]
-        self.list = {"name": images.name, "hash": images.hash}
-        self.left_out = len(images) - len(rows)
         if rows.empty:
             raise ValueError(f"list {images.name} has no row with a label to train on")
+        self.list = {"name": images.name, "hash": images.hash}
+        self.left_out = len(images) - len(rows)
         self.ids = rows["id"].to_numpy().astype("S16")
-        classes = int(rows["label"].max()) + 1
-        torch.manual_seed(stage.seed)
-        shown = dataclasses.replace(job.net.input, size=stage.size)
-        kept = dataclasses.replace(shown, size=stage.eval_size or stage.size)
-        net_config = dataclasses.replace(job.net, input=kept)
-        first = stage.init == ""
-        net = nets.build(net_config) if first else nets.EmbeddingNet(net_config)
-        head = ArcFace(net.dim, classes, stage.margin, stage.scale)
-        self.seen = (
-            {} if first else checkpoints.hand_over(job.runs / stage.init, net, head)
-        )
-        self.seen |= {images.hash: images.name}
-        self.step = _Step(net, head).to(rank.device, memory_format=torch.channels_last)
-        self.optimizer = OPTIMIZERS[stage.optimizer](
-            _groups(net, head, stage), stage.lr
-        )
-        self.half = nets.half_precision(rank.device)
-        self.scaler = torch.amp.GradScaler(enabled=self.half == torch.float16)
+        labels = rows["label"].to_numpy()
+        self.counts = torch.from_numpy(np.bincount(labels))
+        self._build()
+        self.seen[images.hash] = images.name
         self.done, self.rows, self.unreadable = 0, [], set()
         self.losses: list[Tensor] = []  # since the last line of the log
-        self.dataset = TrainImages(
+        self._resume()
+        sizes = rows[["height", "width"]].to_numpy() if stage.template else None
+        of = JpegImages if job.gpu_decode else TrainImages
+        self.dataset = of(
             job.data,
             rows["path"].to_numpy(),
-            rows["label"].to_numpy(),
-            shown,
+            labels,
+            job.shown,
             stage.augment,
             stage.seed,
+            trusted=rows["clean"].to_numpy() > 0,
+            sizes=sizes,
         )
-        self._resume()
         self.batches = Batches(
-            len(rows),
+            stage.sampling,
+            labels,
             stage.batch,
-            stage.epochs,
+            stage.start,
+            stage.last,
             stage.seed,
+            clean=rows["clean"].to_numpy() > 0,
+            continents=rows.get("continent"),
+            groups=job.shown.group(*sizes.T) if stage.template else None,
+            name=f"list {images.name}",
             rank=rank.rank,
             world=rank.world,
-            start=self.done,
+            step=self.done,
         )
+        if stage.batch // rank.world % job.accumulate:
+            raise ValueError(
+                f"a process's {stage.batch // rank.world} images a step do not split into "
+                f"{job.accumulate} parts"
+            )
 
-    def _resume(self) -> None:
-        state = checkpoints.load_state(self.job.folder, self.config)
-        if state is None:
-            return
-        self.step.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.done, self.rows = state["step"], state["log"]
-        self.losses = list(state["losses"].to(self.rank.device))
-        if self.rank.main:
-            self.unreadable = set(state["unreadable"])  # of all ranks
-            log.info("stage %s goes on from step %d", self.job.stage.name, self.done)
+    def _build(self) -> None:
+        """Network, classifier and optimisers, filled by the earlier stage."""
+        job, stage, rank = self.job, self.job.stage, self.rank
+        torch.manual_seed(stage.seed)
+        first = stage.init == ""
+        self.net = nets.build(job.kept) if first else nets.EmbeddingNet(job.kept)
+        self.head = Classifier(
+            stage.head, self.net.dim, self.counts, rank.rank, rank.world
+        )
+        self.seen = {}
+        if not first:
+            earlier = job.runs / stage.init
+            head = self.head if stage.keep_head else None
+            self.seen = checkpoints.hand_over(earlier, self.net, head)
+        if stage.frozen_norms:
+            nets.freeze_norms(self.net)
+        if stage.sync_norms and rank.world > 1 and rank.device.type == "cuda":
+            nets.sync_norms(self.net)
+        if stage.lora:
+            lora.add(self.net, stage.lora)
+        if job.checkpointing:
+            nets.checkpoint_activations(self.net)
+        form = torch.channels_last if job.channels_last else torch.contiguous_format
+        self.net.to(rank.device, memory_format=form)
+        self.head.to(rank.device)
+        self.optimizers = optim.build(self.net, self.head, stage.optim)
+        self.average = ModelEmaV3(self.net, decay=stage.ema) if stage.ema else None
+        self.half = nets.half_precision(rank.device)
+        scaler = ShardedGradScaler if rank.world > 1 else torch.amp.GradScaler
+        self.scaler = scaler(enabled=self.half == torch.float16)
+
+    # --- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
         job, stage, rank, steps = (
@@ -271,95 +187,169 @@ class _Training:
             self.rank,
             self.batches.steps,
         )
-        module: nn.Module = self.step.train()
-        if rank.world > 1:
-            module = DistributedDataParallel(
-                self.step, [rank.local] if rank.device.type == "cuda" else None
-            )
         if rank.main:
             log.info(
-                "stage %s: %d images, %d labels, %d steps of %d at %d px (%d rows without label)",
-                *(stage.name, len(self.ids), self.step.head.weight.shape[0]),
-                *(steps, stage.batch, stage.size, self.left_out),
+                "stage %s: %d images, %d labels, %d steps of %d at %d px (%d rows without label, "
+                "%d that no batch has)",
+                *(stage.name, len(self.ids), len(self.counts)),
+                *(steps, stage.batch, stage.size, self.left_out, self.batches.unseen),
             )
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self.batches,
+            batch_sampler=_Parts(self.batches, job.accumulate),
             num_workers=job.workers,
             worker_init_fn=in_worker,
+            collate_fn=collate if job.gpu_decode else None,
             pin_memory=rank.device.type == "cuda",
         )
-        clock, since = time.monotonic(), self.done
-        for images, labels, unreadable in loader:
-            self.unreadable.update(unreadable[unreadable >= 0].tolist())
-            self.losses.append(self._update(module, images, labels))
-            self.done += 1
-            last = self.done == steps
-            if last or self.done % job.log_every == 0:
-                self._report(since, clock)
-                clock, since = time.monotonic(), self.done
-            if not last and self.done % job.save_every == 0:
-                self._save_state()
+        parts = iter(loader)
+        self._wrap()
+        with checkpoints.Scalars(job.folder, self.done, rank.main) as self.scalars:
+            self._tick()
+            while self.done < steps:
+                self.losses.append(self._update(parts))
+                self.done += 1
+                if self.done == self._unfreezing:
+                    self._wrap()
+                last = self.done == steps
+                if last or self.done % job.log_every == 0:
+                    self._report()
+                if not last and self.done % job.save_every == 0:
+                    self._save_state()
         self._finish()
 
-    def _update(self, module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        stage, device = self.job.stage, self.rank.device
-        lr = cosine(self.done, self.batches.per_epoch, stage)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
+    @property
+    def _unfreezing(self) -> int:
+        """The step at which the backbone starts to learn."""
+        return self.job.stage.freeze * self.batches.per_epoch
+
+    def _wrap(self) -> None:
+        """Sets what learns; DistributedDataParallel counts those parameters when it is made."""
+        self.net.train()
+        frozen = self.done < self._unfreezing
+        if self.job.stage.freeze:
+            self.net.backbone.requires_grad_(not frozen).train(not frozen)
+        self.module: nn.Module = self.net
+        if self.rank.world > 1:
+            cuda = self.rank.device.type == "cuda"
+            self.module = DistributedDataParallel(
+                self.net,
+                [self.rank.local] if cuda else None,
+                # else it sorts its buckets anew after the first step, and the order in which
+                # three or more ranks are added would depend on when a run was interrupted
+                find_unused_parameters=not cuda,
+            )
+        if self.job.compile:
+            self.module = torch.compile(self.module)
+
+    def _update(self, parts: Iterator[Any]) -> Tensor:
+        """One step: gradients of all parts of the batch, then the optimisers; returns the loss."""
+        stage, count = self.job.stage, self.job.accumulate
+        epoch = stage.start + self.done / self.batches.per_epoch
+        lr = optim.learning_rate(stage.optim, epoch, stage.epochs)
+        optim.set_learning_rate(self.optimizers, lr)
         # dropout and the like depend on (seed, step, rank): nothing of them needs to be saved
         torch.manual_seed((stage.seed * 1_000_003 + self.done) * 4_096 + self.rank.rank)
-        with torch.autocast(device.type, self.half, enabled=self.half is not None):
-            loss = module(images.to(device, non_blocking=True), labels.to(device))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if stage.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.step.parameters(), stage.clip)
-        self.scaler.step(self.optimizer)
+        total = torch.zeros((), device=self.rank.device)
+        for part in range(count):
+            waits = part < count - 1 and self.rank.world > 1
+            with self.module.no_sync() if waits else nullcontext():
+                loss = self._loss(parts, epoch) / count
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if stage.optim.clip:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            optim.clip(self.net, self.head, stage.optim.clip, self.rank.world)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return loss.detach()
+        if self.average is not None:
+            self.average.update(self.net)
+        return total
 
-    def _report(self, since: int, clock: float) -> None:
-        """Every rank: the mean loss, a check of it, and the share of unreadable files."""
-        stage, world = self.job.stage, self.rank.world
-        loss = torch.stack(self.losses).double().mean()
+    def _loss(self, parts: Iterator[Any], epoch: float) -> Tensor:
+        before = time.monotonic()
+        batch = next(parts)
+        self.waited += time.monotonic() - before
+        device = self.rank.device
+        if self.job.gpu_decode:
+            batch = on_device(batch, self.job.shown, self.job.stage.augment, device)
+        images, labels, unreadable, trusted, *_ = batch
+        self.unreadable.update(unreadable[unreadable >= 0].tolist())
+        images = images.to(device, non_blocking=True)
+        with torch.autocast(device.type, self.half, enabled=self.half is not None):
+            embedding = self.module(self.job.shown.normalise(images))
+        return self.head(embedding, labels.to(device), trusted.to(device), epoch)
+
+    # --- what is told, and kept -----------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self.clock, self.since, self.waited = time.monotonic(), self.done, 0.0
+
+    def _report(self) -> None:
+        """A line of the log, after a check of the losses, the unreadable files and the time."""
+        stage, rank = self.job.stage, self.rank
+        mean = self._checked_losses().mean().item()
         self.losses = []
-        facts = torch.stack([loss, loss.new_tensor(len(self.unreadable))])
-        if world > 1:
+        over = time.time() > float(os.environ.get("KIT_STOP_AT", "inf"))
+        facts = torch.tensor([len(self.unreadable), over], dtype=torch.float64)
+        facts = facts.to(rank.device, torch.float32)
+        if rank.world > 1:
             dist.all_reduce(facts)
-        mean, unreadable = facts[0].item() / world, int(facts[1].item())
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"stage {stage.name}: the loss is {mean} by step {self.done}; "
-                "lower lr or raise warmup"
+        self._check_readable(int(facts[0]))
+        if rank.main:
+            seconds = time.monotonic() - self.clock
+            speed = (self.done - self.since) * stage.batch / seconds
+            epoch = stage.start + self.done / self.batches.per_epoch
+            row = checkpoints.LogRow(
+                step=self.done,
+                epoch=round(epoch, 4),
+                loss=mean,
+                lr=self.optimizers[0].param_groups[0]["lr"]
+                / self.optimizers[0].param_groups[0]["factor"],
+                images_per_second=round(speed, 1),
+                waiting=round(self.waited / seconds, 3),
+                gpu_gb=round(_peak_gb(rank.device), 2),
             )
-        limit = stage.max_unreadable * len(self.ids)
-        # ranks may have met the same file: what counts is their union
-        if unreadable > limit and len(bad := self._all_unreadable()) > limit:
-            examples = b", ".join(self.ids[bad[:5]]).decode()
-            raise ValueError(
-                f"stage {stage.name}: {len(bad)} of {len(self.ids)} images cannot be read, more "
-                f"than a share of {stage.max_unreadable}; for example {examples}"
-            )
-        if self.rank.main:
-            speed = (self.done - since) * stage.batch / (time.monotonic() - clock)
-            lr = self.optimizer.param_groups[0]["lr"]
-            epoch = self.done / self.batches.per_epoch
-            self.rows.append([self.done, round(epoch, 4), mean, lr, round(speed, 1)])
+            self.rows.append(row)
+            self.scalars.add(row)
             left = (self.batches.steps - self.done) * stage.batch / speed
             log.info(
-                "%s %5d/%d  epoch %5.2f  loss %7.4f  lr %.2e  %6.1f images/s  %4.0f s left",
-                *(
-                    stage.name,
-                    self.done,
-                    self.batches.steps,
-                    epoch,
-                    mean,
-                    lr,
-                    speed,
-                    left,
-                ),
+                "%s %5d/%d  epoch %5.2f  loss %7.4f  lr %.2e  %6.1f images/s  "
+                "%2.0f %% waiting for data  %4.0f s left",
+                *(stage.name, self.done, self.batches.steps, epoch, mean, row.lr),
+                *(speed, 100 * row.waiting, left),
+            )
+        self._tick()
+        if facts[1] and self.done < self.batches.steps:
+            self._save_state()
+            raise launch.Stopped(
+                f"stage {stage.name}: stopped at step {self.done} of {self.batches.steps}, the time "
+                "is over; run it again to go on"
+            )
+
+    def _checked_losses(self) -> Tensor:
+        """(n,) float64 on CPU, the same on every rank; refuses a loss that is no number."""
+        losses = torch.stack(self.losses).double().cpu()
+        wrong = (~losses.isfinite()).nonzero()
+        if len(wrong):
+            step = self.done - len(losses) + int(wrong[0]) + 1
+            raise FloatingPointError(
+                f"stage {self.job.stage.name}: the loss is {losses[wrong[0]].item()} at step {step}; "
+                "lower lr or raise warmup (the last saved state is before it)"
+            )
+        return losses
+
+    def _check_readable(self, count: int) -> None:
+        limit = self.job.stage.max_unreadable * len(self.ids)
+        # ranks may have met the same file: what counts is their union
+        if count > limit and len(bad := self._all_unreadable()) > limit:
+            examples = b", ".join(self.ids[bad[:5]]).decode()
+            raise ValueError(
+                f"stage {self.job.stage.name}: {len(bad)} of {len(self.ids)} images cannot be read, "
+                f"more than a share of {self.job.stage.max_unreadable}; for example {examples}"
             )
 
     def _all_unreadable(self) -> list[int]:
@@ -370,68 +360,84 @@ class _Training:
         return sorted(set().union(*gathered))
 
     def _save_state(self) -> None:
+        if self.losses:
+            self._checked_losses()  # nothing is saved that has seen a loss of no number
         unreadable = self._all_unreadable()
+        head = self.head.full_state()
+        of_head = checkpoints.gathered(self.optimizers[1].state_dict(), self.head)
         if self.rank.main:
+            losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
             state = {
-                "modules": self.step.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "net": self.net.state_dict(),
+                "head": head,
+                "optimizers": [self.optimizers[0].state_dict(), of_head],
                 "scaler": self.scaler.state_dict(),
+                "average": self.average.module.state_dict() if self.average else {},
                 "step": self.done,
-                "log": self.rows,
-                "losses": torch.stack(self.losses).cpu()
-                if self.losses
-                else torch.empty(0),
+                "log": [list(row) for row in self.rows],
+                "losses": losses,
                 "unreadable": unreadable,
             }
-            checkpoints.save_state(self.job.folder, self.config, state)
+            checkpoints.save_state(self.job.folder, self.made_by, state)
             checkpoints.write_log(self.job.folder, self.rows)
+
+    def _resume(self) -> None:
+        state = checkpoints.load_state(self.job.folder, self.made_by)
+        if state is None:
+            return
+        self.net.load_state_dict(state["net"])
+        self.head.load_full(state["head"])
+        of_net, of_head = state["optimizers"]
+        self.optimizers[0].load_state_dict(of_net)
+        self.optimizers[1].load_state_dict(checkpoints.split(of_head, self.head))
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.done = state["step"]
+        self.rows = [checkpoints.LogRow(*row) for row in state["log"]]
+        self.losses = list(state["losses"].to(self.rank.device))
+        if self.rank.main:
+            self.unreadable = set(state["unreadable"])  # of all ranks
+            log.info("stage %s goes on from step %d", self.job.stage.name, self.done)
 
     def _finish(self) -> None:
         unreadable = self._all_unreadable()
+        head = self.head.full_state()
         if not self.rank.main:
             return
+        net = self.net if self.average is None else self.average.module
         checkpoints.write_log(self.job.folder, self.rows)
         checkpoints.save_result(
             self.job.folder,
-            self.step.net,
-            self.step.head,
+            lora.merged(net) if self.job.stage.lora else net,
+            head,
             {
-                "stage": asdict(self.job.stage),
-                "fingerprint": self.config,
+                "stage": config.to_dict(self.job.stage),
+                "fingerprint": self.made_by,
                 "list": self.list,
                 "images": len(self.ids),
-                "classes": int(self.step.head.weight.shape[0]),
+                "classes": len(self.counts),
                 "steps": self.done,
                 "processes": self.rank.world,
-                "final_loss": self.rows[-1][2],
+                "final_loss": self.rows[-1].loss,
                 "unreadable": [self.ids[row].decode() for row in unreadable],
             },
             self.seen,
         )
 
 
-def _groups(net: nn.Module, head: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Few parameter groups: matrices with weight decay, norms and biases without, the classifier."""
-    own = [p for p in net.parameters() if p.requires_grad]
-    matrices = [p for p in own if p.ndim > 1]
-    others = [p for p in own if p.ndim <= 1]
-    decay = stage.weight_decay
-    return [
-        {"params": matrices, "weight_decay": decay, "factor": 1.0},
-        {"params": others, "weight_decay": 0.0, "factor": 1.0},
-        {
-            "params": list(head.parameters()),
-            "weight_decay": decay,
-            "factor": stage.head_lr,
-        },
-    ]
+def _peak_gb(device: torch.device) -> float:
+    """Of GPU memory since the start; 0 on CPU."""
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
     (path,) = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(Job.read(Path(path)))
+    run(config.read(Job, Path(path)))
 
 
 if __name__ == "__main__":

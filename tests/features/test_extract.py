@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kit import files, launch
+from kit import config, files, launch
 from kit.data import lists, sources
 from kit.data.inputs import InputSpec
 from kit.features import extract, store
@@ -414,7 +414,7 @@ def test_a_job_survives_its_file(job):
     job = replace(job, scales=(0.7, 1.0), flip=True, batch=3)
     path = job.write()
     assert path == job.out / "job.json"
-    assert Job.read(path) == job
+    assert config.read(Job, path) == job
     assert json.loads(path.read_text())["out"] == str(job.out)
 
 

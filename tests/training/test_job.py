@@ -1,0 +1,59 @@
+import dataclasses
+
+import pytest
+
+from kit import config
+from kit.models.net import NetConfig
+from kit.training.job import Job, Stage, change
+from kit.training.optim import Optim
+
+PLAN = Stage("first", images="clean", size=32, epochs=4, batch=8, optim=Optim(0.1))
+
+
+def test_a_job_survives_its_file(tmp_path):
+    job = Job(PLAN, NetConfig(), tmp_path / "lists", tmp_path, tmp_path / "runs")
+    assert config.read(Job, job.write()) == job
+
+
+def test_no_two_fields_of_a_stage_share_a_name():
+    assert len(config.field_names(PLAN)) > 60
+
+
+def test_fields_of_the_parts_are_changed_by_their_names():
+    changed = change(PLAN, epochs=3, flip=0.0, lr=0.2, margin=0.1, order="pxk")
+    parts = (changed.augment.flip, changed.optim.lr, changed.head.margin)
+    assert (changed.epochs, *parts, changed.sampling.order) == (3, 0.0, 0.2, 0.1, "pxk")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"epoch": 3},
+            r"stage first: no field 'epoch' \(close: epochs\); fields: .*lr",
+        ),
+        ({"name": "x"}, "stage first keeps its name"),
+        ({"optimizer": "sgdm"}, "stage first: optimizer 'sgdm' is not one of momentum"),
+        ({"loss": "arc"}, "stage first: head: loss 'arc' is not one of arcface, cos"),
+        ({"order": "random"}, "stage first: order 'random' is not one of shuffle"),
+        ({"template": 3}, "stage first: template cannot be 3"),
+        ({"epochs": 0}, "stage first: epochs is 0, not at least 1"),
+        ({"stop": 5}, "stage first: stop is 5, not at most 4"),
+        ({"start": 4}, "stage first: start is 4, not before its last epoch 4"),
+        ({"start": 2, "stop": 2}, "start is 2, not before its last epoch 2"),
+        ({"lr": 0}, "stage first: lr is 0, not at least 1e-12"),
+        ({"layer_decay": 1.1}, "stage first: layer_decay is 1.1, not at most 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(fields, words):
+    with pytest.raises(ValueError, match=words):
+        change(PLAN, **fields)
+
+
+def test_the_network_is_saved_with_the_input_that_extraction_uses(tmp_path):
+    plan = change(PLAN, size=448, template="S2", eval_size=512)
+    job = Job(plan, NetConfig(), tmp_path, tmp_path, tmp_path)
+    assert (job.shown.size, job.shown.template) == (448, "S2")
+    assert (job.kept.input.size, job.kept.input.template) == (512, "")
+    as_trained = dataclasses.replace(job, stage=change(plan, eval_size=0))
+    assert as_trained.kept.input.size == 448
