@@ -25,7 +25,7 @@ def photos() -> Path:
     return ROOT / folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def continents() -> Path:
     """The table that says in which continent a country is."""
     return ROOT / "datasets_meta" / "continents.csv"

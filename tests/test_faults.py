@@ -104,7 +104,7 @@ def test_the_list_shows_every_step_and_runs_none(data, tmp_path):
             "recipe toy has no stage 'cleen'; stages: clean, c2x",
         ),
         (["--set", "clean.epochs=one"], "write STAGE.FIELD=VALUE"),
-        (["--set", "clean.epoch=1"], "no field 'epoch'; fields:"),
+        (["--set", "clean.epoch=1"], "no field 'epoch' (close: epochs); fields:"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line_and_starts_nothing(

@@ -14,24 +14,31 @@ KIT = ROOT / "kit"
 MODULES = sorted(path for path in KIT.rglob("*.py") if path.name != "__init__.py")
 # simpler floors first; a module imports from its own floor or a simpler one
 FLOORS = [
-    {"kit", "kit.config", "kit.files", "kit.launch"},
+    {"kit", "kit.config", "kit.files", "kit.agent", "kit.launch", "kit.nodes"},
     {"kit.data"},
     {"kit.models", "kit.losses", "kit.rerank"},
     {"kit.features", "kit.training"},
     {"kit.answers"},
-    {"kit.pipeline", "kit.plan"},
+    {"kit.pipeline", "kit.plan", "kit.tune"},
     {"kit.report"},
 ]
 STRANGERS = [("kit.features", "kit.training"), ("kit.rerank", "kit.features")]
 DOORS = {
-    "timm": {"models"},
+    "timm": {"models", "training", "data/pixels.py"},
     "faiss": {"features/search.py"},
     "kaggle": {"kaggle/publish.py"},
     "papermill": {"pipeline.py"},
-    "cv2": {"data", "rerank/local.py"},
+    "cv2": {"data", "rerank/local.py", "scripts/bench_loader.py"},
     "pandas": {"data", "answers"},
+    "onnx": {"models/export.py"},
+    "onnxruntime": {"models/export.py"},
+    "peft": {"models/lora.py"},
+    "optuna": {"tune.py"},
 }
-INSIDE_FUNCTIONS = {"faiss", "kaggle", "papermill", "matplotlib"}
+INSIDE_FUNCTIONS = {
+    *("faiss", "kaggle", "papermill", "matplotlib"),
+    *("onnx", "onnxscript", "onnxruntime", "optuna", "peft"),
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kit.answers.metrics import Score
 from kit.data import images, lists
+from kit.data.readers import UnreadableImage, open_reader
 from kit.data.sources import read_solution
 from kit.report.page import Example, Section, collage, curves, gain_chart, page, table
 from kit.training import checkpoints
@@ -96,6 +97,14 @@ def _collage(
     places = [
         dict(zip(each.rows["id"], each.rows["path"], strict=True)) for each in shown
     ]
+    reader = open_reader(data)
+
+    def small(path: str) -> np.ndarray:
+        try:
+            return images.thumbnail(reader.read(path))
+        except UnreadableImage:
+            return images.thumbnail(b"")  # grey
+
     examples = []
     for query in queries:
         results = [image for image in rankings[query.id][:RESULTS].tolist() if image]
@@ -104,10 +113,8 @@ def _collage(
             Example(
                 caption=f"{query.id} · {query.usage} · AP {query.ap:.4f} · "
                 f"{query.positives} positives",
-                query=images.thumbnail(data / places[0][query.id]),
-                results=[
-                    images.thumbnail(data / places[1][image]) for image in results
-                ],
+                query=small(places[0][query.id]),
+                results=[small(places[1][image]) for image in results],
                 hits=[image in positives for image in results],
                 labels=[f"{place}" for place in range(1, len(results) + 1)],
             )
