@@ -1,0 +1,109 @@
+"""One trial of a search: a stage with its fields changed -> mAP@100, in a process of its own.
+
+`python -m kit.answers.trial TRIAL.json PID`, started by kit.tune, whose process id PID is.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kit import config, files, launch
+from kit.answers import metrics, retrieval
+from kit.data import lists, sources
+from kit.features import extract
+from kit.nodes.agent import end_with
+from kit.training.job import Job, Stage, change
+
+KEEP = ("best", "all", "none")
+STOPPED = 75  # exit status of a trial whose time was over; it is not finished
+
+
+@dataclass(frozen=True)
+class Search:
+    """What all trials share."""
+
+    job: Job  # the stage that is varied; its `runs` holds the stage it starts from
+    folder: Path  # TUNE
+    seeds: tuple[int, ...] = (0,)  # a trial is trained with each of them
+    query: str = "query"  # list of the queries
+    index: str = "index"  # list that is searched
+    batch: int = 32  # images at a time at extraction
+    keep: str = "best"  # whose weights and features stay: best, all or none
+    optimistic: bool = False  # allow training on what is searched
+
+    def __post_init__(self) -> None:
+        config.check(self, "search", least={"batch": 1}, choices={"keep": KEEP})
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"search: seeds {self.seeds} are none, or one stands twice"
+            )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the process of one trial needs."""
+
+    search: Search
+    stage: Stage  # with its fields changed
+    number: int
+    processes: int  # one a GPU of its group
+
+    @property
+    def folder(self) -> Path:
+        return self.search.folder / "trials" / str(self.number)
+
+
+def score(trial: Trial, seed: int) -> tuple[float, float]:
+    """Public and private mAP@100 of the stage trained with one seed, by exact search alone.
+
+    What an earlier, interrupted process has finished is kept.
+    """
+    search, runs = trial.search, trial.folder / str(seed)
+    job = replace(search.job, stage=change(trial.stage, seed=seed), runs=runs)
+    init = job.stage.init
+    if init and not (runs / init).is_symlink():
+        runs.mkdir(parents=True, exist_ok=True)
+        (runs / init).symlink_to((search.job.runs / init).resolve())
+    _launch("kit.training.stage", job.write(), trial.processes)
+    for name in (search.query, search.index):
+        looks = extract.Job(
+            model=job.folder,
+            lists=job.lists,
+            images=name,
+            data=job.data,
+            out=runs / "features" / name,
+            batch=search.batch,
+            workers=job.workers,
+        )
+        _launch("kit.features.extract", looks.write(), trial.processes)
+    names = (search.query, search.index)
+    query, index = (lists.load(job.lists, name, ("id",)) for name in names)
+    part = retrieval.part(runs / "features", query, index)
+    solution = sources.read_solution(job.lists / "solution.csv")
+    found = metrics.evaluate(*retrieval.answers([part]), solution)
+    return found.public, found.private
+
+
+def _launch(module: str, job: Path, processes: int) -> None:
+    """On this machine alone, wherever else its pipeline runs."""
+    logs, alone = job.parent / "logs", launch.Place()
+    launch.launch(module, [str(job)], processes=processes, logs=logs, place=alone)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A trial's file, and the process id of the search that it is to end with."""
+    path, parent = sys.argv[1:] if arguments is None else arguments
+    end_with(int(parent), signal.SIGKILL)
+    trial = config.read(Trial, Path(path))
+    try:
+        scores = [score(trial, seed) for seed in trial.search.seeds]
+    except launch.Stopped as stopped:
+        print(stopped)
+        sys.exit(STOPPED)
+    files.write_json(trial.folder / "scores.json", scores)
+
+
+if __name__ == "__main__":
+    main()
