@@ -1,0 +1,98 @@
+"""Rows of the suite `ablation`: losses, samplers and augmentations at equal samples seen.
+
+One stage on the packages photos (LANDMARK_DATA names their folder), trained anew with one thing
+changed, three seeds each; the row's ratio is its private mAP@100 against the plain stage's.
+"""
+
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import ROOT, Bench, Row
+
+from kit.answers.trial import Search, Trial, score
+from kit.data import lists, sources
+from kit.data.augment import Augment
+from kit.training import recipes
+from kit.training.job import Job, change
+
+EPOCHS, SIDE, SEEDS = 3, 112, (0, 1, 2)
+PLAIN = {"crop": 0.4, "jitter": 0.3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "loss: cosface": {"loss": "cosface"},
+    "loss: softmax": {"loss": "softmax"},
+    "loss: adacos": {"loss": "adacos"},
+    "loss: 3 sub-centres": {"centres": 3},
+    "loss: margins by class": {"margin": 0.05, "rare_margin": 0.45},
+    "loss: label smoothing 0.1": {"smoothing": 0.1},
+    "loss: batch-hard triplet beside": {"triplet": 0.3},
+    "order: class-balanced": {"order": "class_balanced"},
+    "order: P x K": {"order": "pxk"},
+    "order: continent quota": {"order": "continent", "fill": True},
+    "augment: flip only": {"crop": 1.0, "jitter": 0.0},
+    "augment: random erasing": {"erase": 1.0},
+    "augment: 2021 (pad, erase)": {"crop": 1.0, "jitter": 0.0, "pad": 6, "erase": 1.0},
+    "augment: 2019 soft": {"crop": 1.0, "jitter": 0.0, "crop_scale": 0.2}
+    | {"brightness": 0.1},
+    "augment: RandAugment": {"rand_augment": 1.0},
+}
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    data = ROOT / os.environ.get("LANDMARK_DATA", "none") / "packages"
+    if not data.is_dir():
+        yield bench.missing("ablation", "LANDMARK_DATA names no folder with packages/")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        job = _job(data, Path(name), 1 if bench.quick else EPOCHS)
+        seeds = SEEDS[:1] if bench.quick else SEEDS
+        chosen = dict(list(VARIANTS.items())[:2]) if bench.quick else VARIANTS
+        plain = _scores(job, {}, seeds, Path(name) / "plain")
+        base = statistics.mean(plain)
+        yield bench.row(_told("plain", plain), 1.0, 0.0, False)
+        for number, (what, fields) in enumerate(chosen.items()):
+            found = _scores(job, fields, seeds, Path(name) / str(number))
+            ratio = statistics.mean(found) / base
+            yield bench.row(_told(what, found), ratio, 0.0, False)
+
+
+def _job(data: Path, folder: Path, epochs: int) -> Job:
+    """The demo's network on the noisy list: as many samples for every variant."""
+    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    lists.build(sources.official(data), data, folder / "lists", continents)
+    recipe = recipes.get("toy")
+    seen = len(lists.load(folder / "lists", "c2x", ("id",)))
+    stage = change(
+        recipe.stages[0],
+        images="c2x",
+        size=SIDE,
+        eval_size=128,
+        epochs=epochs,
+        epoch_size=seen,
+    )
+    stage = change(replace(stage, augment=Augment()), **PLAIN)
+    runs = folder / "runs"
+    return Job(
+        stage, recipe.net, folder / "lists", data, runs, workers=0, save_every=10_000
+    )
+
+
+def _scores(
+    job: Job, fields: dict[str, Any], seeds: tuple[int, ...], folder: Path
+) -> list[float]:
+    """Private mAP@100 by seed."""
+    search = Search(job, folder, seeds)
+    trial = Trial(search, change(job.stage, **fields), 0, 1)
+    return [score(trial, seed)[1] for seed in seeds]
+
+
+def _told(what: str, found: list[float]) -> str:
+    spread = statistics.stdev(found) if len(found) > 1 else 0.0
+    return f"{what:33} mAP {statistics.mean(found):.4f} +- {spread:.4f}"
+
+
+ROWS = [rows]
