@@ -18,7 +18,6 @@ from kit.training.optim import Optim
 from kit.training.recipes.recipe import Recipe
 
 RELEASED = {
-    "resnet50": "resnet50-19c8e357.pth",
     "resnet101": "resnet101-5d3b4d8f.pth",
     "legacy_seresnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth",
     "fishnet150": "fishnet150_ckpt_welltrained.tar",
@@ -152,10 +151,12 @@ def _lite0() -> Recipe:
         size = 256 if stage.name == "tail" else 192
         optim = replace(stage.optim, lr=1e-3, optimizer="adamw", weight_decay=0.05)
         stages.append(replace(stage, size=size, eval_size=256, batch=16, optim=optim))
-    net = replace(
-        _net("resnet50"),
-        backbone="tf_efficientnet_lite0",
-        pretrained="lite0",
+    net = NetConfig(
+        "tf_efficientnet_lite0",
+        "lite0",
+        neck_bias=True,
+        neck_norm_bias=True,
+        neck_init="normal",
         input=InputSpec(mean=half, std=half),
     )
     return Recipe("glr2019/lite0", net, tuple(stages))
