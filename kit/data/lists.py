@@ -12,7 +12,7 @@ Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +123,7 @@ def build(
             out, name, rows, data, facts, len(country), dropped.get(name, {}), sizes
         )
         log.info("list %-20s %9d rows", name, counts[name])
-    for about in out.glob("*.json"):  # lists of an earlier build from other data
-        if about.stem not in counts and _is_ours(about):
-            about.unlink()
-            about.with_suffix(".csv").unlink(missing_ok=True)
-    (out / "solution.csv").unlink(missing_ok=True)
+    _remove_others(out, counts)
     if len(facts.solution):
         table = facts.solution.rename(columns={"usage": "Usage"})
         with files.replacing(out / "solution.csv") as temporary:
@@ -324,6 +320,15 @@ def _write(
         },
     )
     return len(rows)
+
+
+def _remove_others(out: Path, kept: Collection[str]) -> None:
+    """Lists and solution of an earlier build from other data."""
+    for about in out.glob("*.json"):
+        if about.stem not in kept and _is_ours(about):
+            about.unlink()
+            about.with_suffix(".csv").unlink(missing_ok=True)
+    (out / "solution.csv").unlink(missing_ok=True)
 
 
 def _is_ours(about: Path) -> bool:

@@ -166,11 +166,15 @@ def official(data: Path) -> Facts:
     _refuse_repeats(everything, data)  # one image in two splits would leak
     facts = Facts(train, clean, index, query, solution, country, sources, notes)
     if (data / "gld_v1").is_dir():
-        rows = table("gld_v1/train.csv", "id", "landmark_id")[["id", "landmark_id"]]
-        _refuse_repeats(rows["id"], data / "gld_v1/train.csv")
-        rows["path"] = _paths(rows["id"], "gld_v1", data / "gld_v1/train.csv")
-        facts.gld_v1 = rows
+        first = table("gld_v1/train.csv", "id", "landmark_id")
+        facts.gld_v1 = _first_generation(first, data / "gld_v1/train.csv")
     return facts
+
+
+def _first_generation(train: pd.DataFrame, source: Path) -> pd.DataFrame:
+    _refuse_repeats(train["id"], source)
+    paths = _paths(train["id"], "gld_v1", source)
+    return train[["id", "landmark_id"]].assign(path=paths)
 
 
 def _official_train(

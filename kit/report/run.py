@@ -32,12 +32,6 @@ def write(
     """One self-contained HTML page; everything on it was computed before."""
     names, public, private, _ = zip(*gains, strict=True)
     counts = lists.describe(lists_folder)
-    logs = {
-        folder.parent.name: checkpoints.read_log(folder.parent)
-        for folder in sorted(
-            runs.glob("*/log.csv"), key=lambda log: log.stat().st_mtime
-        )
-    }
     worst = score.queries.sort_values(["ap", "id"], kind="stable")
     sections = [
         Section(
@@ -50,11 +44,7 @@ def write(
         Section(
             "Training",
             "Loss of each stage by epoch.",
-            curves(
-                {name: (log["epoch"], log["loss"]) for name, log in logs.items()},
-                "epoch",
-                "loss",
-            ),
+            _losses(runs),
         ),
         Section(
             "Image lists",
@@ -84,6 +74,14 @@ def write(
         f"{score}{warning}. {len(score.queries)} queries, {len(shown[1])} index images."
     )
     return page(path, "Landmark retrieval", lead, sections)
+
+
+def _losses(runs: Path) -> str:
+    """A curve for each stage, in the order in which they were trained."""
+    files = sorted(runs.glob("*/log.csv"), key=lambda log: log.stat().st_mtime)
+    logs = {each.parent.name: checkpoints.read_log(each.parent) for each in files}
+    points = {name: (log["epoch"], log["loss"]) for name, log in logs.items()}
+    return curves(points, "epoch", "loss")
 
 
 def _collage(

@@ -59,6 +59,12 @@ class Stage:
                 f"stage {self.name}: start is {self.start}, not before its last epoch {self.last}"
             )
 
+        if self.freeze and (self.frozen_norms or self.lora):
+            raise ValueError(
+                f"stage {self.name}: freeze is for networks that then learn whole; set "
+                "freeze=0, or neither frozen_norms nor lora"
+            )
+
     @property
     def last(self) -> int:
         """The epoch at which it ends."""

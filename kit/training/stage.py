@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -293,7 +292,7 @@ class _Training:
         stage, rank = self.job.stage, self.rank
         mean = self._checked_losses().mean().item()
         self.losses = []
-        over = time.time() > float(os.environ.get("KIT_STOP_AT", "inf"))
+        over = launch.time_left() <= 0
         facts = torch.tensor([len(self.unreadable), over], dtype=torch.float64)
         facts = facts.to(rank.device, torch.float32)
         if rank.world > 1:

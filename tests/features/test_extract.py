@@ -311,6 +311,21 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
         assert (job.out / name).read_bytes() == (expected / name).read_bytes()
 
 
+def test_when_the_time_is_over_blocks_are_kept_and_the_next_run_goes_on(
+    job, small_blocks, monkeypatch
+):
+    expected = extract.run(replace(job, out=job.out.with_name("whole")))
+    monkeypatch.setenv("KIT_STOP_AT", "1")
+    for blocks in (1, 2):
+        with pytest.raises(launch.Stopped, match="full: stopped after 4 of"):
+            extract.run(job)
+        assert store.open_for_writing(job.out)[1].sum() == blocks
+    monkeypatch.delenv("KIT_STOP_AT")
+    for name in ("vectors.npy", "done.npy", "manifest.json"):
+        done = extract.run(job) / name
+        assert done.read_bytes() == (expected / name).read_bytes()
+
+
 def test_features_do_not_depend_on_batch_or_block_size(job, monkeypatch):
     found = []
     for block, batch in ((512, 5), (4, 5), (7, 2), (24, 24)):

@@ -41,6 +41,7 @@ def test_fields_of_the_parts_are_changed_by_their_names():
         ({"stop": 5}, "stage first: stop is 5, not at most 4"),
         ({"start": 4}, "stage first: start is 4, not before its last epoch 4"),
         ({"start": 2, "stop": 2}, "start is 2, not before its last epoch 2"),
+        ({"freeze": 1, "lora": 4}, "stage first: freeze is for networks that then"),
         ({"lr": 0}, "stage first: lr is 0, not at least 1e-12"),
         ({"layer_decay": 1.1}, "stage first: layer_decay is 1.1, not at most 1"),
     ],
