@@ -48,9 +48,13 @@ def _alone(run: Path, flags: list[str]) -> None:
 
 
 def _together(peers: "Peers", flags: list[str]) -> None:
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
     from torch.distributed.run import main as torchrun
 
     node = peers.node
@@ -72,6 +76,11 @@ def _together(peers: "Peers", flags: list[str]) -> None:
             f"not all of {node.nodes} nodes came to {node.endpoint} "
             f"within {node.patience:g} s"
         )
+        raise
+    except (RendezvousConnectionError, DistNetworkError) as error:
+        # node 0 has the store; torchrun may notice that it is gone before the watcher does
+        own = f"{type(error).__name__}: {error}"
+        peers.fail("another node failed: node 0 is gone" if node.rank else own)
         raise
     except (SignalException, KeyboardInterrupt):
         peers.fail("it was interrupted")
