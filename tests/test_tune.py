@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -373,8 +375,16 @@ def launched(
     )
 
 
-def trial_processes(search: Search) -> dict[int, str]:
-    """CUDA_VISIBLE_DEVICES of the living processes of trials, by process id."""
+class Place(NamedTuple):
+    """Where a process of a trial works."""
+
+    trial: str
+    devices: str  # its CUDA_VISIBLE_DEVICES
+
+
+def trial_processes(search: Search) -> dict[int, Place]:
+    """The living processes of trials by id; one may be there twice while it starts another."""
+    trials = bytes(search.folder / "trials")
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -382,9 +392,12 @@ def trial_processes(search: Search) -> dict[int, str]:
             environment = (path.parent / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(word.startswith(bytes(search.folder / "trials")) for word in words):
-            shown = [v for v in environment if v.startswith(b"CUDA_VISIBLE_DEVICES=")]
-            found[int(path.parent.name)] = shown[0].decode().partition("=")[2]
+        named = [word for word in words if word.startswith(trials + b"/")]
+        shown = [v for v in environment if v.startswith(b"CUDA_VISIBLE_DEVICES=")]
+        if named and shown:
+            trial = named[0].removeprefix(trials + b"/").split(b"/")[0].decode()
+            devices = shown[0].decode().partition("=")[2]
+            found[int(path.parent.name)] = Place(trial, devices)
     return found
 
 
@@ -439,7 +452,7 @@ def test_a_trial_on_two_gpus_has_two_ranks_which_end_with_a_killed_search(search
 def test_an_interrupt_ends_the_trials_and_leaves_them_unfinished(search):
     space = {"epochs": [300], "lr": [1e-2, 1e-3]}
     process = launched(search, space, gpus=2)
-    wait_for(lambda: len(trial_processes(search)) == 2)
+    wait_for(lambda: len(trial_processes(search)) >= 2)
     state = search.folder / "trials/1/0/first/resume/state.pt"
     wait_for(state.exists)
     os.kill(process.pid, signal.SIGINT)
@@ -456,12 +469,15 @@ def test_processes_without_blocks_share_a_search_on_groups_of_gpus(search):
     space = {"lr": [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]}
     search = replace(search, keep="all")
     both = [launched(search, space, devices=2, gpus=2) for _ in range(2)]
-    shown: dict[int, str] = {}
+    shown: dict[str, set[str]] = defaultdict(set)
     while any(process.poll() is None for process in both):
-        shown |= trial_processes(search)
+        for place in trial_processes(search).values():
+            shown[place.trial].add(place.devices)
         time.sleep(0.05)
     assert [process.returncode for process in both] == [0, 0]
-    assert len(shown) == 5 and set(shown.values()) == {"0", "1"}
+    assert sorted(shown) == ["0", "1", "2", "3", "4"]
+    assert all(len(devices) == 1 for devices in shown.values())
+    assert set.union(*shown.values()) == {"0", "1"}
     found = rows(search)
     assert [row["state"] for row in found] == ["done"] * 5
     assert sorted(float(row["lr"]) for row in found) == sorted(space["lr"])

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class JpegImages(TrainImages):
-    """(epoch, row) -> what `collate` makes a batch of; the same draws as in TrainImages."""
+    """(number, row) -> what `collate` makes a batch of; the same draws as in TrainImages."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -67,10 +67,10 @@ class JpegImages(TrainImages):
                 )
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, row = key
+        number, row = key
         data, at = self.readable(row)
         shape = self.shape(row)
-        rng = np.random.default_rng((self.seed, epoch, row))
+        rng = np.random.default_rng((self.seed, number, row))
         return data, row, *self.facts(row, at), draw(self.how, shape, rng), shape
 
     def load(self, data: bytes, name: str, shape: tuple[int, int]) -> bytes:

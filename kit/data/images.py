@@ -127,9 +127,9 @@ class _Images(Dataset):
 
 
 class TrainImages(_Images):
-    """(epoch, row) -> uint8 image, label, row if unreadable (else -1), whether it is trusted.
+    """(number, row) -> uint8 image, label, row if unreadable (else -1), whether it is trusted.
 
-    The augmentation is a function of (seed, epoch, row), not of the worker. In an unreadable
+    The augmentation is a function of (seed, number, row), not of the worker. In an unreadable
     file's place stands the next readable row of its shape, so that a batch keeps its size and
     shape on every rank. Pixels leave as uint8: the device normalises them. `fast` changes
     them by one or two levels of 255 on average, less than 2021's unfiltered shrinking.
@@ -153,11 +153,11 @@ class TrainImages(_Images):
         self.how, self.seed, self.fast = how, seed, fast
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int, bool]:
-        epoch, row = key
+        number, row = key
         image, at = self.readable(row)
         if self.fast and self.how.crop == 1:  # a random crop wants the picture as it is
             image = shrunk(framed(image, self.spec), self.shape(row))
-        rng = np.random.default_rng((self.seed, epoch, row))
+        rng = np.random.default_rng((self.seed, number, row))
         image = augment(image, self.spec, self.how, rng, **self.listed(row))
         return image, *self.facts(row, at)
 

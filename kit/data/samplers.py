@@ -74,10 +74,12 @@ class _Plan:
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, row) for one rank, from any step of a stage to its end.
+    """Batches of (number, row) for one rank, from any step of a stage to its end.
 
     A step takes `batch` rows of the epoch's order, the ranks side by side; the last step of an
     epoch is filled up from the order's beginning, so that every batch is whole on every rank.
+    The number counts the rows given over the whole schedule: a row that an epoch has more than
+    once comes with another number, and is augmented in another way, each time.
     """
 
     def __init__(
@@ -125,7 +127,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
             order = np.resize(order, self.per_epoch * self.batch)  # repeats its start
             for number in range(begin, self.per_epoch):
                 at = number * self.batch + self.rank * share
-                yield [(epoch, row) for row in order[at : at + share].tolist()]
+                mine = order[at : at + share].tolist()
+                yield list(enumerate(mine, epoch * len(order) + at))
             begin = 0
 
 

@@ -428,8 +428,8 @@ def test_a_list_without_a_readable_image_is_refused(folder):
     assert str(error.value) == f"{root}: none of the list's images can be read"
 
 
-def test_an_augmented_image_is_a_function_of_seed_epoch_and_row(folder):
-    keys = [(epoch, row) for epoch in (0, 1) for row in (0, 5)]
+def test_an_augmented_image_is_a_function_of_seed_number_and_row(folder):
+    keys = [(number, row) for number in (0, 1) for row in (0, 5)]
     images = {}
     for seed in (0, 1):
         data = train_images(folder, seed)

@@ -109,7 +109,6 @@ def test_a_schedule_in_two_stages_is_the_schedule(sampling, options):
     whole = list(batches(sampling, first=0, last=4, **options))
     parts = [batches(sampling, first=f, last=n, **options) for f, n in ((0, 3), (3, 4))]
     assert list(parts[0]) + list(parts[1]) == whole
-    assert {epoch for batch in parts[1] for epoch, _ in batch} == {3}
     rest = batches(sampling, first=1, last=4, step=parts[1].per_epoch + 1, **options)
     assert list(rest) == whole[2 * parts[1].per_epoch + 1 :]
 
@@ -130,6 +129,8 @@ def test_a_sampler_gives_the_same_plain_integers_each_time(sampling, options):
     once = list(sampler)
     np.random.seed(1)
     assert list(sampler) == once
+    numbers = [number for batch in once for number, _ in batch]
+    assert numbers == list(range(12, 12 + len(numbers)))
     assert {type(n) for batch in once for key in batch for n in key} == {int}
     assert {len(batch) for batch in once} == {12}
     assert all(0 <= row < 60 for row in rows(once))
@@ -241,7 +242,6 @@ def test_an_epoch_has_every_row_once_and_fills_its_last_batch_from_its_start(
     for epoch in range(3):
         part = given[epoch * steps : (epoch + 1) * steps]
         assert all(len(each) == batch for each in part)
-        assert {number for each in part for number, _ in each} == {epoch}
         seen = rows(part)
         order = shuffle(length, np.random.default_rng((5, epoch))).tolist()
         assert seen == [order[place % length] for place in range(steps * batch)]

@@ -112,10 +112,10 @@ def _lite0(published: Recipe) -> Recipe:
     """The same four stages in minutes on two CPU cores: a small network, sizes and epochs cut."""
     half = (0.5, 0.5, 0.5)
     cut = {  # side, side at extraction, epochs, learning rate
-        "clean": (192, 224, 5, 1e-3),
-        "c2x": (192, 224, 2, 3e-4),
-        "full": (224, 256, 1, 1e-4),
-        "all": (224, 256, 1, 1e-4),
+        "clean": (168, 192, 4, 1e-3),
+        "c2x": (168, 192, 2, 3e-4),
+        "full": (224, 256, 1, 2e-4),
+        "all": (224, 256, 1, 2e-4),
     }
     stages = []
     for stage in published.stages:
