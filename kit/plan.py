@@ -8,7 +8,7 @@ from typing import Any
 
 from kit.pipeline import Step
 from kit.training import recipes
-from kit.training.job import Stage, change
+from kit.training.job import MACHINE, Stage, change
 
 QUERY, INDEX = "query", "index"
 # lists that hold validation's own images, and what stands in for them
@@ -34,12 +34,18 @@ class Run:
     save_every: int = 50  # steps
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     holdout: bool = True  # train on nothing that an offline number is measured on
+    machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
 
     def __post_init__(self) -> None:
         for name, least in (("num_gpus", 1), ("workers", 0), ("save_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, not at least {least}"
+                )
+        for name in self.machine:
+            if name not in MACHINE:
+                raise ValueError(
+                    f"machine: {name!r} is not one of {', '.join(MACHINE)}"
                 )
 
     @cached_property
@@ -198,7 +204,7 @@ def _train(run: Run, name: str, notebooks: Path) -> Step:
         | {"stage": name, "overrides": changes, "pretrained": run.pretrained},
         (LISTS, *([f"02_train_{stage.init}"] if stage.init else [])),
         (folder, folder / "stage.json"),
-        machine=_machine(run) | {"save_every": run.save_every},
+        machine=_machine(run) | {"save_every": run.save_every, "machine": run.machine},
     )
 
 

@@ -2,19 +2,21 @@
 
 One stage on the packages photos (LANDMARK_DATA names their folder), trained anew with one thing
 changed, three seeds each; the row's ratio is its private mAP@100 against the plain stage's.
+As many trials at once as there are GPUs, or cores.
 """
 
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench import ROOT, Bench, Row
 
-from kit.answers.trial import Search, Trial, score
+from kit import tune
+from kit.answers.trial import Search
 from kit.data import lists, sources
 from kit.data.augment import Augment
 from kit.training import recipes
@@ -47,17 +49,27 @@ def rows(bench: Bench) -> Iterator[Row]:
     if not data.is_dir():
         yield bench.missing("ablation", "LANDMARK_DATA names no folder with packages/")
         return
+    variants = dict(list(VARIANTS.items())[:2]) if bench.quick else VARIANTS
     with tempfile.TemporaryDirectory() as name:
         job = _job(data, Path(name), 1 if bench.quick else EPOCHS)
         seeds = SEEDS[:1] if bench.quick else SEEDS
-        chosen = dict(list(VARIANTS.items())[:2]) if bench.quick else VARIANTS
-        plain = _scores(job, {}, seeds, Path(name) / "plain")
-        base = statistics.mean(plain)
-        yield bench.row(_told("plain", plain), 1.0, 0.0, False)
-        for number, (what, fields) in enumerate(chosen.items()):
-            found = _scores(job, fields, seeds, Path(name) / str(number))
-            ratio = statistics.mean(found) / base
-            yield bench.row(_told(what, found), ratio, 0.0, False)
+        search = Search(job, Path(name) / "tune", seeds, keep="none")
+        spaces = [
+            {field: [value] for field, value in fields.items()}
+            for fields in (PLAIN, *variants.values())
+        ]
+        places = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+        tune.tune(spaces, search, gpus=places)
+        header, found = tune.table(search.folder)
+    by_trial = {row[0]: dict(zip(header, row, strict=True)) for row in found}
+    plain = by_trial[0]["private"]
+    for number, what in enumerate(("plain", *variants)):
+        trial = by_trial[number]
+        if trial["state"] != "done":
+            yield bench.missing(what, trial["error"])
+            continue
+        told = f"{what:32} {trial['private']:.4f} +- {trial['private_spread'] or 0:.4f}"
+        yield bench.row(told, trial["private"] / plain, 0.0, False)
 
 
 def _job(data: Path, folder: Path, epochs: int) -> Job:
@@ -79,20 +91,6 @@ def _job(data: Path, folder: Path, epochs: int) -> Job:
     return Job(
         stage, recipe.net, folder / "lists", data, runs, workers=0, save_every=10_000
     )
-
-
-def _scores(
-    job: Job, fields: dict[str, Any], seeds: tuple[int, ...], folder: Path
-) -> list[float]:
-    """Private mAP@100 by seed."""
-    search = Search(job, folder, seeds)
-    trial = Trial(search, change(job.stage, **fields), 0, 1)
-    return [score(trial, seed)[1] for seed in seeds]
-
-
-def _told(what: str, found: list[float]) -> str:
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    return f"{what:33} mAP {statistics.mean(found):.4f} +- {spread:.4f}"
 
 
 ROWS = [rows]

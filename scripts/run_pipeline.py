@@ -19,6 +19,7 @@ from kit import launch, pipeline, plan
 from kit.answers import metrics
 from kit.nodes import session
 from kit.training import recipes
+from kit.training.job import MACHINE
 
 
 def options() -> argparse.Namespace:
@@ -75,6 +76,13 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
         default=max(0, min(8, (os.cpu_count() or 1) // 2 - 1)),
         help="loader processes of each (default: %(default)s)",
     )
+    add(
+        "--machine",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=f"how a stage is computed: {', '.join(MACHINE)}; VALUE as in JSON",
+    )
     add("--nodes", type=int, default=1, help="machines that share --work")
     add("--node-rank", type=int, default=0, help="which one of them this is, from 0")
     add("--rendezvous", default="", metavar="HOST:PORT", help="of node 0, for all")
@@ -93,17 +101,22 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def overrides(settings: list[str]) -> dict[str, dict[str, object]]:
+def setting(option: str, text: str, form: str) -> tuple[str, object]:
+    """The name and the value of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise ValueError(f"{option} {text}: write {form}, VALUE as in JSON") from None
+
+
+def overrides(texts: list[str]) -> dict[str, dict[str, object]]:
+    """Changed fields by stage."""
     found: dict[str, dict[str, object]] = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
+    for text in texts:
+        name, value = setting("--set", text, "STAGE.FIELD=VALUE")
         stage, _, field = name.partition(".")
-        try:
-            found.setdefault(stage, {})[field] = json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError(
-                f"--set {setting}: write STAGE.FIELD=VALUE, VALUE as in JSON"
-            ) from None
+        found.setdefault(stage, {})[field] = value
     return found
 
 
@@ -123,6 +136,7 @@ def main() -> None:
         save_every=given.save_every,
         overrides=overrides(given.set),
         holdout=not given.everything,
+        machine=dict(setting("--machine", t, "FIELD=VALUE") for t in given.machine),
     )
     steps = plan.steps(
         run, ROOT / "notebooks", ROOT / "datasets_meta" / "continents.csv"

@@ -104,6 +104,8 @@ def test_the_list_shows_every_step_and_runs_none(data, tmp_path):
             "recipe toy has no stage 'cleen'; stages: clean, c2x",
         ),
         (["--set", "clean.epochs=one"], "write STAGE.FIELD=VALUE"),
+        (["--machine", "compile=yes"], "write FIELD=VALUE, VALUE as in JSON"),
+        (["--machine", "lr=1"], "machine: 'lr' is not one of accumulate,"),
         (["--set", "clean.epoch=1"], "no field 'epoch' (close: epochs); fields:"),
     ],
 )

@@ -74,6 +74,7 @@ def test_folders_of_recipes_with_a_slash_lie_under_work(run):
 
 def test_the_machine_is_in_no_fingerprint(run):
     machine = {"num_gpus": 8, "workers": 6, "save_every": 7}
+    machine["machine"] = {"accumulate": 4, "channels_last": False}
     step = by_name(replace(run, **machine))["02_train_c2x"]
     assert step.machine == machine
     assert {s.name: s.parameters for s in steps(run)} == {
@@ -87,6 +88,11 @@ def test_the_machine_is_in_no_fingerprint(run):
 def test_a_number_that_is_too_small_is_refused(run, field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}, not at least"):
         replace(run, **{field: value})
+
+
+def test_an_unknown_field_of_the_machine_is_refused_by_a_list(run):
+    with pytest.raises(ValueError, match="machine: 'lr' is not one of accumulate, "):
+        replace(run, machine={"lr": 1})
 
 
 # What is trained on
@@ -287,7 +293,7 @@ def test_two_nodes_do_every_step_and_one_has_nothing_left_to_do(tmp_path):
         "clean.batch=8",
     ]
     tiny += ["--set", "c2x.size=64", "--set", "c2x.epochs=1", "--set", "c2x.batch=8"]
-    tiny += ["--workers", "0"]
+    tiny += ["--workers", "0", "--machine", "accumulate=2"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
     given = [*tiny, "--nodes", "2", "--rendezvous", where]
@@ -304,6 +310,7 @@ def test_two_nodes_do_every_step_and_one_has_nothing_left_to_do(tmp_path):
     assert joined.count("joining kit.training.stage") == 2
     assert joined.count("joining kit.features.extract") == 2 + 6
     assert led.splitlines()[-1].startswith("private mAP@100 0.")
+    assert files.read_json(run.runs / "c2x" / "job.json")["accumulate"] == 2
     alone = done(run, *tiny)
     assert alone.returncode == 0
     assert alone.stdout.count("done already") == 7

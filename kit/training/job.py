@@ -13,6 +13,9 @@ from kit.losses.heads import Head
 from kit.models.net import NetConfig
 from kit.training.optim import Optim
 
+# fields of Job that fit a stage to a machine; the lists, folders and loaders are others
+MACHINE = ("accumulate", "checkpointing", "compile", "channels_last", "gpu_decode")
+
 
 @dataclass(frozen=True)
 class Stage:
