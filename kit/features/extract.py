@@ -165,11 +165,6 @@ def _fill(job: Job, ids: np.ndarray, paths: np.ndarray, rank: launch.Rank) -> No
                     f"{job.images}: stopped after {written} of {total} images, the time is over; "
                     "run it again to go on"
                 )
-            if launch.time_left() <= 0 and written < total:
-                raise launch.Stopped(
-                    f"{job.images}: stopped after {written} of {total} images, the time is over; "
-                    "run it again to go on"
-                )
         if rank.main and (written == total or time.monotonic() - told > 10):
             told = time.monotonic()
             speed = written / (told - started)
