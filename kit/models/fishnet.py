@@ -13,9 +13,7 @@ what the part to the left holds there, so that nothing seen at any stride is los
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +101,10 @@ class Bottlenecks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            x = _recomputed(block, x) if self.grad_checkpointing else block(x)
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
 
@@ -265,32 +266,6 @@ class FishNet(nn.Module):
 def _conv_norm_relu(channels: int, out: int, stride: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
     return [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-
-
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """block(x), of which the backward pass finds the inside by computing it again."""
-    if torch.compiler.is_compiling():  # compiled code counts once by itself
-        return checkpoint(block, x, use_reentrant=False)
-    contexts = partial(_contexts, block)
-    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _uncounted(block)
-
-
-@contextmanager
-def _uncounted(block: nn.Module) -> Iterator[None]:
-    """Leaves running statistics alone: a batch computed twice counts once."""
-    norms = [m for m in block.modules() if getattr(m, "track_running_stats", False)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 # timm's registry

@@ -1,5 +1,7 @@
 """EmbeddingNet: backbone -> pool -> neck, built from a NetConfig that is saved beside its weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -160,6 +162,16 @@ def checkpoint_activations(net: EmbeddingNet) -> None:
             f"backbone {net.config.backbone} cannot recompute its activations; "
             "train without checkpointing"
         ) from None
+
+
+@contextmanager
+def statistics_kept(net: nn.Module) -> Iterator[None]:
+    """Around a backward pass that computes activations again: a batch counts once in the norms."""
+    kept = [buffer for norm in _batch_norms(net) for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in kept]
+    yield
+    for buffer, value in zip(kept, before, strict=True):
+        buffer.copy_(value)
 
 
 def save(net: nn.Module, folder: Path, seen: dict[str, str]) -> Path:

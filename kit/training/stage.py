@@ -254,7 +254,9 @@ class _Training:
             waits = part < count - 1 and self.rank.world > 1
             with self.module.no_sync() if waits else nullcontext():
                 loss = self._loss(parts, epoch) / count
-                self.scaler.scale(loss).backward()
+                again = self.job.checkpointing
+                with nets.statistics_kept(self.net) if again else nullcontext():
+                    self.scaler.scale(loss).backward()
             total += loss.detach()
         if stage.optim.clip:
             for optimizer in self.optimizers:

@@ -301,6 +301,13 @@ def test_parts_of_a_batch_add_up_to_it(job, tmp_path):
         stage.run(dataclasses.replace(job, runs=tmp_path / "q", accumulate=3))
 
 
+def test_recomputed_activations_train_the_same(job, tmp_path):
+    """Running statistics, too: timm's own recomputing counts every batch twice in them."""
+    kept = stage.run(job)
+    again = dataclasses.replace(job, runs=tmp_path / "again", checkpointing=True)
+    assert weights(kept) == weights(stage.run(again))
+
+
 def test_decoding_on_the_device_trains_nearly_the_same(job, tmp_path):
     """Another decoder and another resize rule, which flat pictures do not notice."""
     data = paint(tmp_path / "flat", classes=3, each=6, noise=0)
