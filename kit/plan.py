@@ -166,6 +166,7 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
             "lists_folder": str(run.lists),
             "continents": str(continents),
             "index_ids": run.index_ids,
+            "gld_v1_classes": recipes.get(run.recipe).gld_v1_classes,
             "wanted": wanted + ["solution"] * run.holdout,
         },
         outputs=(run.lists,),

@@ -95,7 +95,7 @@ IDLE = {  # without effect while what they belong to is off
 }
 OURS = {"seed", "max_unreadable", "eval_size"}  # the tables do not have them
 # columns of another kind: where a row belongs, what the list is, Stage.last
-NOT_FIELDS = {"recipe", "stage", "clean_list", "last"}
+NOT_FIELDS = {"recipe", "stage", "clean_list", "gld_v1_classes", "last"}
 CLEANING = {  # 2019's names (neighbours that agree, inliers) -> Recipe.clean
     "public": "",
     "f3 v30": "",  # which became the public one
@@ -206,6 +206,13 @@ def test_a_recipe_says_how_its_clean_list_was_made(recipe):
     made = {row["clean_list"] for row in rows if row["clean_list"]}
     assert len(made) <= 1
     assert recipe.clean == "".join(CLEANING[name] for name in made)
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=label)
+def test_a_recipe_says_how_many_landmarks_its_first_generation_has(recipe):
+    rows = [row for row in ROWS if row["recipe"] == recipe.name]
+    said = {int(row["gld_v1_classes"]) for row in rows if row["gld_v1_classes"]}
+    assert said <= {recipe.gld_v1_classes}
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED, ids=label)

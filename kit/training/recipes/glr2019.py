@@ -133,7 +133,7 @@ def _others() -> tuple[Recipe, ...]:
         augment=replace(SOFT, flip=0.5, crop_scale=0.1),
     )
     return (
-        _recipe("v7", "fishnet150", cleaner),
+        replace(_recipe("v7", "fishnet150", cleaner), gld_v1_classes=14_938),
         _v1only(),
         _recipe("v2clean", "resnet101", first, _after(_stage("clean", "S2", 5), first)),
         _recipe("v2noisy", "resnet101", first, _after(_stage("full", "SS2", 5), first)),

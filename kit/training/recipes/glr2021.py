@@ -112,8 +112,8 @@ def _lite0(published: Recipe) -> Recipe:
     """The same four stages in minutes on two CPU cores: a small network, sizes and epochs cut."""
     half = (0.5, 0.5, 0.5)
     cut = {  # side, side at extraction, epochs, learning rate
-        "clean": (168, 192, 4, 1e-3),
-        "c2x": (168, 192, 2, 3e-4),
+        "clean": (160, 192, 4, 1e-3),
+        "c2x": (160, 192, 2, 3e-4),
         "full": (224, 256, 1, 2e-4),
         "all": (224, 256, 1, 2e-4),
     }

@@ -14,9 +14,8 @@ class Recipe:
     name: str
     net: NetConfig
     stages: tuple[Stage, ...]
-    clean: str = (
-        ""  # which cleaning made the clean list, where it is not the public one
-    )
+    clean: str = ""  # what made the clean list, where it is not the public one
+    gld_v1_classes: int = 14_950  # most frequent landmarks that the list gld_v1 keeps
 
     def network(self, pretrained: str = "recipe", weights: Path = Path()) -> NetConfig:
         """The network, with other pretrained weights if asked; files of weights are in `weights`.
