@@ -22,7 +22,7 @@ from kit.data.augment import Augment
 from kit.training import recipes
 from kit.training.job import Job, change
 
-EPOCHS, SIDE, SEEDS = 3, 112, (0, 1, 2)
+SAMPLES, EPOCHS, SIDE, SEEDS = 2_100, 3, 96, (0, 1, 2)
 PLAIN = {"crop": 0.4, "jitter": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss: cosface": {"loss": "cosface"},
@@ -77,14 +77,13 @@ def _job(data: Path, folder: Path, epochs: int) -> Job:
     continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
     lists.build(sources.official(data), data, folder / "lists", continents)
     recipe = recipes.get("toy")
-    seen = len(lists.load(folder / "lists", "c2x", ("id",)))
     stage = change(
         recipe.stages[0],
         images="c2x",
         size=SIDE,
-        eval_size=128,
+        eval_size=112,
         epochs=epochs,
-        epoch_size=seen,
+        epoch_size=SAMPLES // EPOCHS,
     )
     stage = change(replace(stage, augment=Augment()), **PLAIN)
     runs = folder / "runs"
