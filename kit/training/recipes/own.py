@@ -31,8 +31,9 @@ def _toy() -> Recipe:
         init="clean",
         size=224,
         eval_size=256,
-        epochs=2,
+        epochs=3,
         optim=replace(clean.optim, lr=3e-4, warmup=0),
+        head=Head(noisy_weight=0.25),
     )
     spec = InputSpec(mean=half, std=half)
     return Recipe(
