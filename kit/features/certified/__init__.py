@@ -1,0 +1,1 @@
+"""Screening in low precision that provably loses none of the best rows."""

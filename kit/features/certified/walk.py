@@ -1,0 +1,289 @@
+"""One search of some queries: floors, the rows found so far, and their exact scores."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kit.features.certified.task import CHUNK, NOTHING, Task, pack, unpack, uses_screen
+from kit.features.screen import Bounds, refuse_odd, widest
+
+PAIRS = 256  # of query and row, scored at a time: they stay in a core's cache
+
+
+@dataclass
+class Pending:
+    """Rows found and not yet scored exactly, and between what their scores lie."""
+
+    query: np.ndarray  # (P,) int16
+    position: np.ndarray  # (P,) int64
+    low: np.ndarray  # (P,) float32
+    high: np.ndarray  # (P,) float32
+
+    def of(self, which: np.ndarray) -> "Pending":
+        columns = (self.query, self.position, self.low, self.high)
+        return Pending(*(column[which] for column in columns))
+
+
+def _joined(parts: Sequence[Pending]) -> Pending:
+    return Pending(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("query", "position", "low", "high")
+        )
+    )
+
+
+class Walk:
+    """The search of some queries through the whole database, shared by its workers."""
+
+    def __init__(self, task: Task, queries: slice) -> None:
+        self.task, self.lock = task, threading.Lock()
+        self.addends = task.addends.of(queries)
+        self.queries = [side.query[queries].cpu() for side in task.sides]
+        self.exact = [query.double() for query in self.queries]
+        for query in self.exact:
+            numbers = torch.arange(queries.start, queries.start + len(query))
+            refuse_odd(torch.linalg.vector_norm(query, dim=1), numbers)
+        count = len(self.queries[0])
+        self.floor = torch.full((count,), -torch.inf)
+        self.best = torch.full((count, task.k), NOTHING)
+        self.pending: list[Pending] = []
+        self.new = 0  # pending since floors were last raised
+        self.low: list[Tensor] = []  # (Q, chunks) of the sample
+        self.order = task.order()
+        self.starts = range(0, len(task.span), task.block)
+        self._margins()
+        self._members()
+
+    def _margins(self) -> None:
+        task = self.task
+        scaled = [
+            side.weight * exact
+            for side, exact in zip(task.sides, self.exact, strict=True)
+        ]
+        rounded = [query.to(task.dtype) for query in scaled]
+        self.screening = torch.cat(rounded, dim=1)  # (Q, sum of D)
+        self.lengths = torch.stack(
+            [query.norm(dim=1) for query in scaled]
+        )  # (models, Q)
+        self.off = torch.stack(
+            [(a - b.double()).norm(dim=1) for a, b in zip(scaled, rounded, strict=True)]
+        )
+        if task.dtype == torch.float16 and self.lengths.sum(dim=0).gt(2.0**14).any():
+            raise ValueError("weights are too large for float16; screen in bf16")
+        self.bounds = [
+            side.screen.bounds if uses_screen(side, task.dtype) else Bounds()
+            for side in task.sides
+        ]
+        given = (self.addends.by_row, self.addends.by_group)
+        self.largest = sum(
+            values.abs().max().item()
+            for values in given
+            if values is not None and values.numel()
+        )
+        self.margin = self._margin()
+
+    def widen(self, number: int, bounds: Bounds) -> None:
+        """Takes note of what is true of rows of a model; the margin grows if it must."""
+        with self.lock:
+            both = widest(self.bounds[number], bounds)
+            if both != self.bounds[number]:
+                self.bounds[number] = both
+                self.margin = self._margin()
+
+    def _margin(self) -> Tensor:
+        """(Q,) float32: by how much a screened score may differ from the final one."""
+        longest = torch.tensor([[bounds.longest] for bounds in self.bounds]).double()
+        off = torch.tensor([[bounds.off] for bounds in self.bounds]).double()
+        reach = ((self.lengths + self.off) * longest).sum(dim=0)
+        margin = (self.off * longest + self.lengths * off).sum(dim=0)
+        margin += 2.0**-23 * self.screening.shape[1] * reach
+        margin += 2.0**-20 * (reach + self.largest)  # slack
+        return (margin * 1.0001).float()
+
+    def _members(self) -> None:
+        """Scores all members exactly and hides them from the screening."""
+        self.hidden = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+        if self.addends.members is None:
+            return
+        starts, rows, values = (part.cpu() for part in self.addends.members)
+        query = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+        span, skip = self.task.span, self.task.skip
+        kept = (rows >= span.start) & (rows < span.stop)
+        if skip is not None:
+            kept &= ~skip[rows]
+        query, rows, values = query[kept], rows[kept], values[kept].double()
+        for low in range(0, len(rows), PAIRS):
+            here = slice(low, low + PAIRS)
+            scores = self._score(query[here], rows[here]) + values[here]
+            self._found(query[here], rows[here], scores)
+        places = rows - span.start
+        if self.order is not None:
+            inverse = torch.empty_like(self.order)
+            inverse[self.order - span.start] = torch.arange(len(span))
+            places = inverse[places]
+        order = places.argsort()
+        self.hidden = places[order], query[order]
+
+    def positions(self, start: int) -> Tensor:
+        """(n,) positions that the block at `start` holds."""
+        stop = min(start + self.task.block, len(self.task.span))
+        if self.order is not None:
+            return self.order[start:stop]
+        return torch.arange(start, stop).add_(self.task.span.start)
+
+    def share(
+        self,
+        pool: ThreadPoolExecutor,
+        workers: Sequence[Any],
+        step: Callable[[Any, int], None],
+        starts: Sequence[int],
+    ) -> None:
+        """Lets every worker take the next block until there is none."""
+        blocks, failed = iter(starts), threading.Event()
+
+        def run(worker: Any) -> None:
+            worker.enter()
+            while not failed.is_set():
+                with self.lock:
+                    start = next(blocks, None)
+                if start is None:
+                    return
+                try:
+                    step(worker, start)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        for done in [pool.submit(run, worker) for worker in workers]:
+            done.result()
+
+    def sampled(self) -> Sequence[int]:
+        """Blocks all over the database, with enough chunks for a first floor."""
+        wanted = max(
+            -(-4 * self.task.k * CHUNK // self.task.block), len(self.starts) // 50
+        )
+        return self.starts[:: max(1, len(self.starts) // max(wanted, 1))]
+
+    def start(self) -> None:
+        """Sets the floors by the sample: the k-th largest of the chunks' best rows."""
+        low = torch.cat(self.low, dim=1).numpy()
+        self.low = []
+        if low.shape[1] >= self.task.k:
+            at = low.shape[1] - self.task.k
+            self._raise(torch.from_numpy(np.partition(low, at, axis=1)[:, at]))
+
+    def _raise(self, floor: Tensor) -> None:
+        self.floor = torch.maximum(self.floor, floor)
+
+    def found(self, pending: Pending) -> None:
+        """Takes note of rows that may be among the best; raises the floors now and then."""
+        with self.lock:
+            self.pending.append(pending)
+            self.new += len(pending.query)
+            if self.new > len(self.floor) * (self.task.k + 16):
+                self._tighten()
+                if sum(len(part.query) for part in self.pending) > self.most:
+                    self._score_pending()
+
+    @property
+    def most(self) -> int:
+        """Pending rows that are held: 18 bytes each."""
+        return max(2_000_000, 8 * len(self.floor) * self.task.k)
+
+    def _tighten(self) -> None:
+        """Raises the floors by the lower bounds of all that was found; drops what is below."""
+        pending = _joined(self.pending)
+        query, low = pending.query, pending.low
+        at, column = (self.best > NOTHING).nonzero(as_tuple=True)
+        if len(at):  # scored exactly before: members, whole blocks
+            scores = unpack(self.best[at, column])[0]
+            query = np.concatenate([query, at.numpy().astype(np.int16)])
+            low = np.concatenate([low, scores.numpy()])
+        order = np.argsort(-low)
+        order = order[np.argsort(query[order], kind="stable")]
+        counts = np.bincount(query, minlength=len(self.floor))
+        enough = counts >= self.task.k
+        last = np.cumsum(counts) - counts + self.task.k - 1
+        floor = np.full(len(counts), -np.inf, np.float32)
+        floor[enough] = low[order[last[enough]]]
+        self._raise(torch.from_numpy(floor))
+        self.pending = [pending.of(pending.high >= self.floor.numpy()[pending.query])]
+        self.new = 0
+
+    def _score_pending(self) -> None:
+        for part in self.pending:
+            for start in range(0, len(part.query), PAIRS):
+                some = part.of(slice(start, start + PAIRS))
+                query = torch.from_numpy(some.query).long()
+                position = torch.from_numpy(some.position)
+                self._found(query, position, self._score(query, position))
+        self.pending = []
+
+    def settle(self, pool: ThreadPoolExecutor) -> None:
+        """Scores what is left: each query's k most promising rows, then who may beat them."""
+        if not self.pending:
+            return
+        self._tighten()
+        (pending,) = self.pending
+        order = np.argsort(-pending.low)
+        order = order[np.argsort(pending.query[order], kind="stable")]
+        counts = np.bincount(pending.query, minlength=len(self.floor))
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = rank < self.task.k
+        for wave in (order[first], order[~first]):
+            part = pending.of(wave)
+            part = part.of(part.high >= self.floor.numpy()[part.query])
+            query = torch.from_numpy(part.query).long()
+            position = torch.from_numpy(part.position)
+            pairs = list(zip(query.split(PAIRS), position.split(PAIRS), strict=True))
+            scores = list(pool.map(lambda pair: self._score(*pair), pairs))
+            if scores:
+                self._found(query, position, torch.cat(scores))
+        self.pending = []
+
+    def _score(self, query: Tensor, position: Tensor) -> Tensor:
+        """(P,) float64: exact scores of pairs, without members."""
+        total = torch.zeros(len(query), dtype=torch.float64)
+        numbers = self.task.number(position)
+        for side, exact in zip(self.task.sides, self.exact, strict=True):
+            rows = side.vectors[numbers.to(side.vectors.device)].cpu().float().double()
+            products = np.einsum("pd,pd->p", rows.numpy(), exact[query].numpy())
+            total += side.weight * torch.from_numpy(products)
+        by_row, groups = self.addends.by_row, self.addends.groups
+        if by_row is not None:
+            total += by_row[position].double()
+        if groups is not None:
+            group = groups[position]
+            value = self.addends.by_group[query, group].double()
+            total += torch.where(group >= 0, value, 0.0)
+        return total
+
+    def _found(self, query: Tensor, position: Tensor, scores: Tensor) -> None:
+        """Adds exact scores of pairs to the best, and raises the floors to the k-th."""
+        k, count = self.task.k, len(self.floor)
+        keys = pack(scores.float(), position).numpy()
+        order = np.argsort(-keys)
+        number = query.numpy().astype(np.int16)
+        order = order[np.argsort(number[order], kind="stable")]
+        counts = np.bincount(number, minlength=count)
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order, rank = order[rank < k], rank[rank < k]
+        width = int(rank.max()) + 1 if len(rank) else 0
+        more = torch.full((count, width), NOTHING)
+        more[number[order], rank] = torch.from_numpy(keys[order])
+        self.keep(more)
+
+    def keep(self, keys: Tensor) -> None:
+        """Merges packed (Q, n) rows with the best."""
+        both = torch.cat([self.best, keys], dim=1)
+        self.best = both.sort(dim=1, descending=True).values[:, : self.task.k]
+        last = self.best[:, -1]
+        floor = torch.where(last > NOTHING, unpack(last)[0], -torch.inf)
+        self._raise(floor)

@@ -1,0 +1,196 @@
+"""Screens blocks of rows on one device or one core."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kit.features.certified.rounding import half_unit, rounded_down
+from kit.features.certified.task import CHUNK, NOTHING, pack, uses_screen
+from kit.features.certified.walk import Pending, Walk
+from kit.features.screen import STEP, convert, refuse_odd
+
+EXACT = 512  # rows of a block that is scored exactly at a time
+
+
+class Worker:
+    """One device, or one core, with its buffers."""
+
+    def __init__(self, walk: Walk, device: torch.device) -> None:
+        self.walk, self.task, self.device = walk, walk.task, device
+        self.queries = walk.screening.T.contiguous().to(device)  # (sum of D, Q)
+        addends, kind = walk.addends, {"dtype": torch.float32, "device": device}
+        self.by_group = None
+        if addends.by_group is not None:  # (G + 1, Q), the last one for no group
+            table = addends.by_group.T.to(**kind)
+            self.by_group = torch.cat([table, table.new_zeros(1, table.shape[1])])
+        self.scores = self.rows = torch.empty(0, device=device)
+
+    def enter(self) -> None:
+        """To be called by the worker's own thread."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def _buffers(self) -> None:
+        if len(self.scores):
+            return
+        width = self.queries.shape[0]
+        length = -(-self.task.block // CHUNK) * CHUNK
+        kind = {"dtype": self.task.dtype, "device": self.device}
+        self.scores = torch.empty(length, self.queries.shape[1], **kind)
+        self.rows = torch.empty(self.task.block, width, **kind)
+
+    def _gemm(self, start: int) -> tuple[Tensor, Tensor]:
+        """Screened scores (n, Q) of the block at `start`, n a multiple of CHUNK; positions.
+
+        -inf where there is no row, or none to be found.
+        """
+        self._buffers()
+        walk, positions = self.walk, self.walk.positions(start)
+        rows = self._rows(start, positions)
+        full = -(-len(rows) // CHUNK) * CHUNK
+        scores = self.scores[:full]
+        torch.mm(rows, self.queries, out=scores[: len(rows)])
+        scores[len(rows) :] = -torch.inf
+        if self.task.skip is not None:
+            scores[: len(rows)][self.task.skip[positions].to(self.device)] = -torch.inf
+        places, query = walk.hidden
+        ends = torch.tensor([start, start + len(rows)])
+        low, high = torch.searchsorted(places, ends).tolist()
+        if high > low:
+            hidden = (places[low:high] - start).to(self.device)
+            scores[hidden, query[low:high].to(self.device)] = -torch.inf
+        return scores, positions
+
+    def _rows(self, start: int, positions: Tensor) -> Tensor:
+        """(n, sum of D) rows of all models in the screening type."""
+        task, left = self.task, 0
+        in_order = self.walk.order is None and task.rows is None
+        first = task.span.start + start
+        numbers = task.number(positions)
+        for number, side in enumerate(task.sides):
+            screened = uses_screen(side, task.dtype)
+            source = side.screen.rows if screened else side.vectors
+            if in_order:
+                block = source[first : first + len(positions)]
+                if screened and len(task.sides) == 1 and self.device.type == "cpu":
+                    return block
+            else:
+                block = source[numbers.to(source.device)]
+            out = self.rows[: len(block), left : left + source.shape[1]]
+            if screened:
+                out.copy_(block)
+            else:
+                step = STEP if self.device.type == "cpu" else len(block)
+                bounds = convert(block, out, numbers, step)
+                self.walk.widen(number, bounds)
+            left += source.shape[1]
+        return self.rows[: len(positions)]
+
+    def _by_chunk(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest addend of each chunk, (chunks, Q) or (chunks, 1) or (1, 1)."""
+        by_row, group = self._by_position(positions)
+        least = largest = torch.zeros(1, 1, device=self.device)
+        if by_row is not None:
+            least, largest = by_row.amin(1, keepdim=True), by_row.amax(1, keepdim=True)
+        if group is not None:
+            low = self.by_group[group[:, 0]]
+            high = low.clone()
+            mixed = (group != group[:, :1]).any(dim=1)
+            if mixed.any():
+                several = self.by_group[group[mixed]]  # (mixed, CHUNK, Q)
+                low[mixed], high[mixed] = several.amin(1), several.amax(1)
+            least, largest = least + low, largest + high
+        return least, largest
+
+    def _by_position(self, positions: Tensor) -> Sequence[Tensor | None]:
+        """by_row and groups (chunks, CHUNK) of the block, filled up to whole chunks."""
+        addends = self.walk.addends
+        count = -(-len(positions) // CHUNK) * CHUNK
+        at = positions[torch.arange(count).clamp(max=len(positions) - 1)]
+        return [
+            None if values is None else values[at].view(-1, CHUNK).to(self.device, kind)
+            for values, kind in (
+                (addends.by_row, torch.float32),
+                (addends.groups, torch.long),
+            )
+        ]
+
+    def sample(self, start: int) -> None:
+        """Notes lower bounds of the best row of each chunk."""
+        scores, positions = self._gemm(start)
+        best = scores.view(-1, CHUNK, scores.shape[1]).amax(1).float()
+        low = best - half_unit(best, scores.dtype) + self._by_chunk(positions)[0]
+        low = (low.cpu() - self.walk.margin).T.contiguous()
+        with self.walk.lock:
+            self.walk.low.append(low)
+
+    def screen(self, start: int) -> None:
+        """Notes the rows of a block that may be among the best."""
+        scores, positions = self._gemm(start)
+        margin = self.walk.margin
+        wanted = (self.walk.floor - margin).to(self.device)
+        chunk, query = self._chunks(scores, wanted, self._by_chunk(positions))
+        values = scores.view(-1, CHUNK, scores.shape[1])[chunk, :, query]
+        addend = self._by_hit(positions, chunk, query)
+        least = rounded_down(wanted[query, None] - addend, scores.dtype)
+        hit, within = ((values >= least) & (values > -torch.inf)).nonzero(as_tuple=True)
+        if len(hit) > scores.numel() // 16:
+            return self.score_exactly(start)
+        value, query = values[hit, within].float(), query[hit]
+        half = half_unit(value, scores.dtype) + margin.to(self.device)[query]
+        value += addend.expand(values.shape)[hit, within]
+        position = positions[(chunk[hit] * CHUNK + within).cpu()]
+        columns = (query.short(), position, value - half, value + half)
+        self.walk.found(Pending(*(column.cpu().numpy() for column in columns)))
+
+    def _chunks(
+        self, scores: Tensor, wanted: Tensor, addend: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers of chunks and queries where a score may reach what is wanted."""
+        chunks = scores.view(-1, CHUNK, scores.shape[1])
+        wanted = rounded_down(wanted - addend[1], scores.dtype)
+        if scores.element_size() == 2 and bool((wanted > 0).all()):
+            # as integers positive floats keep their order, negative ones are below them
+            chunks, wanted = chunks.view(torch.int16), wanted.view(torch.int16)
+        return (chunks.amax(1) >= wanted).nonzero(as_tuple=True)
+
+    def _by_hit(self, positions: Tensor, chunk: Tensor, query: Tensor) -> Tensor:
+        """(hits, CHUNK), or (1, 1), addends of the rows of some chunks for some queries."""
+        addend = torch.zeros(1, 1, device=self.device)
+        by_row, group = self._by_position(positions)
+        if by_row is not None:
+            addend = addend + by_row[chunk]
+        if group is not None:
+            addend = addend + self.by_group[group[chunk], query[:, None]]
+        return addend
+
+    def score_exactly(self, start: int) -> None:
+        """Scores a whole block in float64, some rows at a time."""
+        walk, task = self.walk, self.task
+        places, hidden_query = walk.hidden
+        for low in range(0, task.block, EXACT):
+            positions = walk.positions(start)[low : low + EXACT]
+            if not len(positions):
+                return
+            numbers, total = task.number(positions), 0.0
+            for side, exact in zip(task.sides, walk.exact, strict=True):
+                rows = side.vectors[numbers.to(side.vectors.device)].cpu().double()
+                refuse_odd(torch.linalg.vector_norm(rows, dim=1), numbers)
+                total = total + side.weight * (exact @ rows.T)
+            addends = walk.addends
+            if addends.by_row is not None:
+                total += addends.by_row[positions].double()
+            if addends.groups is not None:
+                group = addends.groups[positions]
+                table = addends.by_group.double()[:, group]
+                total += torch.where(group >= 0, table, 0.0)
+            keys = pack(total.float(), positions.expand(len(total), -1))
+            if task.skip is not None:
+                keys[:, task.skip[positions]] = NOTHING
+            ends = torch.tensor([start + low, start + low + len(positions)])
+            first, last = torch.searchsorted(places, ends).tolist()
+            keys[hidden_query[first:last], places[first:last] - start - low] = NOTHING
+            few = keys.topk(min(task.k, keys.shape[1]), dim=1).values
+            with walk.lock:
+                walk.keep(few)

@@ -1,0 +1,161 @@
+"""screen.npy: a bfloat16 copy of a store's vectors, which a CPU screens at gemm speed.
+
+features/<model>/<list>/screen.npy    (N, D) uint16: the bits of bfloat16, rounded to nearest
+                        screen.json   the vectors it is a copy of (SHA-256, size, time), and
+                                      what the proof of the search needs (`Screen`)
+
+The copy is written beside the store, once, by `build`. It belongs to one content of
+vectors.npy. While size and time of that file are those written down, nothing is read to know
+it; otherwise (the folder was copied) its hash decides, and a copy of other vectors is ignored
+with a warning until `build` has replaced it.
+"""
+
+import logging
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kit import files
+from kit.features import store
+from kit.features.store import Features
+
+TOLERANCE = 0.01  # by which the length of a stored vector may differ from 1
+STEP = 256  # rows converted at a time: they stay in a core's cache
+SAFETY = 1.001  # lengths are measured in float32
+
+log = logging.getLogger(__name__)
+
+
+class Bounds(NamedTuple):
+    """What is true of every row of a low-precision copy."""
+
+    longest: float = 0.0  # length of the longest row
+    off: float = 0.0  # distance between a row and its copy, at most
+
+
+class Screen(NamedTuple):
+    rows: Tensor  # (N, D) bfloat16, mapped
+    bounds: Bounds
+
+
+def build(folder: Path) -> Path:
+    """Writes the copy of the complete store in `folder`, unless it is there already."""
+    vectors = store.load(folder).vectors
+    path = folder / "screen.npy"
+    if _fits(folder, vectors):
+        return path
+    (folder / "screen.json").unlink(missing_ok=True)
+    with files.replacing(path) as temporary:
+        store.allocate(temporary, vectors.shape, np.uint16)
+        bounds = _fill(temporary, vectors)
+    about = {
+        "vectors": _identity(folder),
+        "sha256": files.sha256(folder / "vectors.npy"),
+    }
+    files.write_json(folder / "screen.json", about | bounds._asdict())
+    return path
+
+
+def of(features: Features) -> Screen | None:
+    """The copy that lies beside a store, if there is one of these vectors."""
+    vectors = features.vectors
+    name = getattr(vectors, "filename", None)
+    if name is None or not vectors.flags.c_contiguous:
+        return None
+    folder = Path(name).parent
+    if Path(name).name != "vectors.npy" or not _fits(folder, vectors):
+        return None
+    about = files.read_json(folder / "screen.json")
+    copy = np.load(folder / "screen.npy", mmap_mode="r", allow_pickle=False)
+    bounds = Bounds(about["longest"], about["off"])
+    return Screen(mapped(copy.view(np.int16)).view(torch.bfloat16), bounds)
+
+
+def mapped(array: np.ndarray) -> Tensor:
+    """The array as a tensor without a copy; one that is mapped for reading stays so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="The given NumPy array is not writable"
+        )
+        return torch.from_numpy(array)
+
+
+def convert(block: Tensor, out: Tensor, numbers: Tensor, step: int = STEP) -> Bounds:
+    """Rounds rows (n, D) float16 into `out` (n, D) of another type; says how far they moved.
+
+    Refuses rows that are neither of unit length nor zero, by their `numbers` (n,).
+    """
+    bounds = Bounds()
+    for start in range(0, len(block), step):  # all of it in a core's cache
+        exact = block[start : start + step].to(out.device).float()
+        rounded = out[start : start + step].copy_(exact)
+        lengths = torch.linalg.vector_norm(exact, dim=1)
+        refuse_odd(lengths, numbers[start : start + step])
+        off = torch.linalg.vector_norm(exact.sub_(rounded.float()), dim=1).max().item()
+        found = Bounds((lengths.max().item() + off) * SAFETY, off * SAFETY)
+        bounds = widest(bounds, found)
+    return bounds
+
+
+def refuse_odd(lengths: Tensor, numbers: Tensor) -> None:
+    """Names a row whose length is neither 1 nor 0: not normalised, or not finite."""
+    fine = ((lengths - 1).abs() <= TOLERANCE) | (lengths == 0)
+    if fine.all():
+        return
+    at = int((~fine).nonzero()[0])
+    length = lengths[at].item()
+    what = (
+        f"length {length:.4g}, not 1" if math.isfinite(length) else "a value not finite"
+    )
+    raise ValueError(f"row {int(numbers[at])} of the features has {what}")
+
+
+def widest(one: Bounds, other: Bounds) -> Bounds:
+    return Bounds(max(one.longest, other.longest), max(one.off, other.off))
+
+
+def _fill(path: Path, vectors: np.ndarray) -> Bounds:
+    """Writes the rounded rows; by one thread, since steps are small and disks slow."""
+    copy = np.load(path, mmap_mode="r+", allow_pickle=False)
+    bounds, threads = Bounds(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for start in range(0, len(vectors), 64 * STEP):
+            block = mapped(vectors[start : start + 64 * STEP])
+            rows = torch.empty(block.shape, dtype=torch.bfloat16)
+            numbers = torch.arange(start, start + len(block))
+            bounds = widest(bounds, convert(block, rows, numbers))
+            copy[start : start + len(block)] = (
+                rows.view(torch.int16).numpy().view(np.uint16)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    copy.flush()
+    return bounds
+
+
+def _fits(folder: Path, vectors: np.ndarray) -> bool:
+    """Whether a whole copy of exactly these vectors is there."""
+    about_file, path = folder / "screen.json", folder / "screen.npy"
+    if not (about_file.exists() and path.exists()):
+        return False
+    about: dict[str, Any] = files.read_json(about_file)
+    copy = np.load(path, mmap_mode="r", allow_pickle=False)
+    if copy.shape == vectors.shape and copy.dtype == np.uint16:
+        if about["vectors"] == _identity(folder):
+            return True
+        if about["sha256"] == files.sha256(folder / "vectors.npy"):
+            return True
+    log.warning("%s: a copy of other vectors, not used; build it again", path)
+    return False
+
+
+def _identity(folder: Path) -> list[int]:
+    status = os.stat(folder / "vectors.npy")
+    return [status.st_size, status.st_mtime_ns]
