@@ -3,7 +3,7 @@
 TUNE/tune.json     what all trials share
      journal.log   Optuna's study: every trial and its state
      tune.csv      one row a finished trial, made from the journal
-     trials/<number>/trial.log, <seed>/<stage>/, <seed>/features/<list>/
+     trials/<number>/trial.log, <seed>/<stage>/, <seed>/features/<stage>/<list>/
 
 Any number of processes, on any number of nodes, may work on one TUNE at once. The objective is
 the public half's mAP@100, averaged over seeds; the private half's is recorded beside it.

@@ -55,8 +55,9 @@ def test_a_network_trains_two_steps_and_exports_features(photos, few, tmp_path, 
     assert len(losses) == 2 and np.isfinite(losses).all()
     about = json.loads((folder / "model.json").read_text())
     assert about["config"]["backbone"] == name and about["dim"] == 512
-    out = tmp_path / "features"
-    extract.run(extract.Job(folder, few, "query", data, out, batch=2, workers=0))
+    where = few, "query", data, tmp_path / "features"
+    looks = extract.Job(tmp_path, ("clean",), *where, batch=2, workers=0)
+    (out,) = extract.run(looks)
     vectors = store.load(out).vectors.astype(np.float32)
     assert vectors.shape == (2, 512)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)

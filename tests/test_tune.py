@@ -115,9 +115,9 @@ def by_hand(search: Search, runs: Path, seed: int, **fields) -> tuple[float, flo
     model = stage.run(job)
     vectors, ids = [], []
     for name in ("query", "index"):
-        out = runs / str(seed) / name
-        extract.run(extract.Job(model, job.lists, name, job.data, out, workers=0))
-        features = store.load(out)
+        where = job.lists, name, job.data, runs / str(seed)
+        looks = extract.Job(model.parent, (model.name,), *where, workers=0)
+        features = store.load(*extract.run(looks))
         vectors.append(np.array(features.vectors, np.float64))
         ids.append(list(features.ids))
     precisions: dict[str, list[float]] = {"Public": [], "Private": []}

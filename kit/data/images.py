@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from kit.data import jpeg
 from kit.data.augment import Augment, augment
-from kit.data.inputs import InputSpec, framed, prepare
+from kit.data.inputs import InputSpec, View, framed, prepare
 from kit.data.readers import Reader, UnreadableImage, file_bytes, open_reader
 
 BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
@@ -91,24 +92,23 @@ def thumbnail(file: Path | bytes, side: int = 160) -> np.ndarray:
 
 
 class _Images(Dataset):
-    """Rows of a list: where their bytes are, and which shape the network sees."""
+    """Rows of a list: where their bytes are, and which size the list gives them."""
 
     def __init__(
         self,
         source: Path | Reader,
         paths: np.ndarray,
-        spec: InputSpec,
+        specs: Sequence[InputSpec],
         sizes: np.ndarray | None,
     ) -> None:
-        if spec.template and sizes is None:
-            raise ValueError(
-                f"template {spec.template} takes its shapes from the list's heights and "
-                "widths; give sizes"
-            )
+        for spec in specs:
+            if spec.template and sizes is None:
+                raise ValueError(
+                    f"template {spec.template} takes its shapes from the list's heights "
+                    "and widths; give sizes"
+                )
         self.reader = open_reader(source) if isinstance(source, Path) else source
-        self.spec, self.sizes = spec, sizes
-        # bytes: no object for a fork to touch
-        self.paths = np.char.encode(paths.astype(str), "utf-8")
+        self.paths, self.sizes = packed(paths), sizes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -116,14 +116,21 @@ class _Images(Dataset):
     def path(self, row: int) -> str:
         return self.paths[row].decode()
 
-    def shape(self, row: int) -> tuple[int, int]:
-        """(h, w) of the row's input, by the list's size: pictures of a batch share it."""
-        size = (-1, -1) if self.sizes is None else self.sizes[row]
-        return self.spec.shape(int(size[0]), int(size[1]))
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of the row in the list; -1, -1: unknown."""
+        height, width = (-1, -1) if self.sizes is None else self.sizes[row]
+        return int(height), int(width)
 
-    def listed(self, row: int) -> dict[str, tuple[int, int]]:
-        """The shape as an argument where the list decides it, and not the picture."""
-        return {"shape": self.shape(row)} if self.spec.template else {}
+
+def packed(paths: np.ndarray) -> np.ndarray:
+    """(N,) text -> (N,) bytes: a quarter of NumPy's text, and no object for a fork to touch."""
+    if paths.dtype.kind == "S":
+        return paths
+    parts = [  # text of one width, for all rows at once, would weigh four times the result
+        np.char.encode(paths[start : start + 65_536].astype(str), "utf-8")
+        for start in range(0, max(1, len(paths)), 65_536)
+    ]
+    return np.concatenate(parts)
 
 
 class TrainImages(_Images):
@@ -148,8 +155,8 @@ class TrainImages(_Images):
         sizes: np.ndarray | None = None,  # (N, 2) height and width in the list
         fast: bool = True,  # decode large JPEGs at a fraction, shrink by a faster rule
     ) -> None:
-        super().__init__(source, paths, spec, sizes)
-        self.labels, self.trusted = labels, trusted
+        super().__init__(source, paths, [spec], sizes)
+        self.spec, self.labels, self.trusted = spec, labels, trusted
         self.how, self.seed, self.fast = how, seed, fast
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int, bool]:
@@ -160,6 +167,14 @@ class TrainImages(_Images):
         rng = np.random.default_rng((self.seed, number, row))
         image = augment(image, self.spec, self.how, rng, **self.listed(row))
         return image, *self.facts(row, at)
+
+    def shape(self, row: int) -> tuple[int, int]:
+        """(h, w) of the row's input, by the list's size: pictures of a batch share it."""
+        return self.spec.shape(*self.size(row))
+
+    def listed(self, row: int) -> dict[str, tuple[int, int]]:
+        """The shape as an argument where the list decides it, and not the picture."""
+        return {"shape": self.shape(row)} if self.spec.template else {}
 
     def facts(self, row: int, at: int) -> tuple[int, int, bool]:
         """Label, unreadable row or -1, and trust, where row `at` stands for `row`."""
@@ -204,28 +219,33 @@ def shrunk(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 class EvalImages(_Images):
-    """Row -> uint8 image and whether it could be read (zeros where not)."""
+    """Row -> a uint8 image for each view, and whether it could be read (zeros where not).
+
+    The file is read and decoded once; each view is resized from the decoded picture.
+    """
 
     def __init__(
         self,
         source: Path | Reader,
         paths: np.ndarray,
-        spec: InputSpec,
+        views: Sequence[View],
         *,
         sizes: np.ndarray | None = None,  # (N, 2) height and width in the list
         fast: bool = False,  # decode large JPEGs at a fraction; changes pixels a little
     ) -> None:
-        super().__init__(source, paths, spec, sizes)
-        self.fast = fast
+        super().__init__(source, paths, [view.spec for view in views], sizes)
+        self.views, self.fast = tuple(views), fast
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, bool]:
-        path, shape = self.path(row), self.shape(row)
-        least = max(shape) if self.fast else 0
+    def __getitem__(self, row: int) -> tuple[list[np.ndarray], bool]:
+        path, size = self.path(row), self.size(row)
+        shapes = [view.shape(*size) for view in self.views]
+        least = max(map(max, shapes)) if self.fast else 0
         try:
             image = decode(self.reader.read(path), path, least)
         except UnreadableImage:
-            return np.zeros((3, *shape), np.uint8), False
-        return prepare(image, self.spec, **self.listed(row)), True
+            return [np.zeros((3, *shape), np.uint8) for shape in shapes], False
+        both = zip(self.views, shapes, strict=True)
+        return [prepare(image, view.spec, shape) for view, shape in both], True
 
 
 def in_worker(_: int) -> None:

@@ -65,6 +65,26 @@ class InputSpec:
         return (x / 255 - mean) / std
 
 
+@dataclass(frozen=True)
+class View:
+    """An input at a scale: the sides that its spec makes of an image, times `scale`."""
+
+    spec: InputSpec
+    scale: float = 1.0  # 1 leaves the sides as they are
+    multiple: int = 1  # a scaled side goes down to a multiple of it
+    least: int = 1  # and not below
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the input that an image becomes; -1, -1 for an unknown one."""
+        sides = self.spec.shape(height, width)
+        if self.scale == 1:
+            return sides
+        scaled = (int(side * self.scale) for side in sides)
+        return tuple(
+            max(self.least, side // self.multiple * self.multiple) for side in scaled
+        )
+
+
 def prepare(
     image: np.ndarray, spec: InputSpec, shape: tuple[int, int] | None = None
 ) -> np.ndarray:

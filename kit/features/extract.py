@@ -1,57 +1,69 @@
-"""Images -> features: one model over one list into a store, on one process or many, resumable.
+"""Images -> features: models over one list into stores, on one process or many, resumable.
 
-`python -m kit.features.extract JOB.json`, alone or under torchrun; `run` does the work.
+`python -m kit.features.extract JOB.json`, alone or under torchrun; `run` does the work. Every
+image is read and decoded once for all models.
 """
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from kit import config, files, launch
-from kit.data import lists
-from kit.data.images import EvalImages, in_worker
+from kit.data import lists, tars
+from kit.data.images import packed
+from kit.data.inputs import InputSpec
 from kit.data.readers import open_reader
-from kit.features import store
+from kit.features import fill, store
+from kit.features.views import Views
 from kit.models import net as nets
 
 log = logging.getLogger(__name__)
 
-BLOCK = 512  # rows that are marked done together
+PATIENCE = timedelta(days=7)  # of ranks that have finished, for those that have not
 
 
 @dataclass(frozen=True)
 class Job:
-    """Which model looks at which list, and where the features go."""
+    """Which models look at which list, and where the features go."""
 
-    model: Path  # folder with model.safetensors and model.json
+    runs: Path  # folder of the models
+    models: tuple[str, ...]  # paths in it, with model.safetensors and model.json
     lists: Path
     images: str  # name of the list; an image that stands there twice is extracted once
-    data: Path  # folder that the list's paths start from
-    out: Path  # features/<model>/<list>
-    batch: int = 32
+    data: Path  # files, tars or shards that the list's paths start from
+    features: Path  # the stores are <model>/<list> in it
+    views: Views = field(default_factory=Views)
+    batch: int = 32  # images; three scales of L2 are 0.2 GB, twice in each worker
     workers: int = 2  # loader processes of each rank
-    scales: tuple[float, ...] = (
-        1.0,
-    )  # of the input side; embeddings are summed (2021)
-    flip: bool = False  # add the mirrored image's embedding
     max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
 
     def __post_init__(self) -> None:
         config.check(self, least={"batch": 1, "workers": 0, "max_unreadable": 0})
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models {self.models} are none, or one stands twice")
+        for name in self.models:
+            if not tars.inside(name):
+                raise ValueError(f"model {name!r} is not a path inside {self.runs}")
+
+    def store(self, model: str) -> Path:
+        return self.features / model / self.images
+
+    @property
+    def folder(self) -> Path:
+        """The first model's store: the job's own file and logs lie there."""
+        return self.store(self.models[0])
 
     def write(self) -> Path:
-        return config.write(self, self.out / "job.json")
+        return config.write(self, self.folder / "job.json")
 
 
 def untrained(net: nets.NetConfig, folder: Path) -> Path:
@@ -63,125 +75,115 @@ def untrained(net: nets.NetConfig, folder: Path) -> Path:
     return folder
 
 
-@torch.inference_mode()
-def embed(
-    net: nets.EmbeddingNet,
-    images: Tensor,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, D) float32 of unit length; sides of a scale are multiples of 16."""
-    x = net.config.input.normalise(images)
-    total = torch.zeros(len(x), net.dim, device=x.device)
-    for scale in scales:
-        side = max(32, int(x.shape[-1] * scale) // 16 * 16)
-        at = (
-            x
-            if scale == 1
-            else F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
-        )
-        total += net(at).float()
-        if flip:
-            total += net(at.flip(-1)).float()
-    return F.normalize(total)
+def run(job: Job) -> list[Path]:
+    """Fills each model's store block by block, each rank its share; what is there is kept.
 
-
-def run(job: Job) -> Path:
-    """Fills the store block by block, each rank its share; what is already there is kept."""
-    with launch.group() as rank:
-        images = lists.load(job.lists, job.images, ("id", "path"))
-        about = nets.describe(job.model)
-        first = ~images.rows["id"].duplicated().to_numpy()
-        ids, paths = images.ids[first], images.rows["path"].to_numpy()[first]
-        _refuse_wrong_root(job.data, paths)
-        manifest = {
-            "model": {"name": job.model.name, "hash": about["hash"]},
-            "list": {"name": images.name, "hash": images.hash},
-            "seen": about["seen"],
-            "scales": list(job.scales),
-            "flip": job.flip,
-        }
-        with files.lock(job.out) if rank.main else nullcontext():
-            if rank.main:
-                store.create(job.out, ids, about["dim"], BLOCK, manifest)
-            if rank.world > 1:
-                dist.barrier()
-            _fill(job, ids, paths, rank)
-            if rank.world > 1:
-                dist.barrier()
-            if rank.main:
-                missing = store.finish(job.out, job.max_unreadable)
-                if missing:
-                    log.info("%s: %d images cannot be read", job.images, missing)
-    return job.out
-
-
-def _fill(job: Job, ids: np.ndarray, paths: np.ndarray, rank: launch.Rank) -> None:
-    vectors, done = store.open_for_writing(job.out)
-    # a fixed share of all blocks: what others finish in the meantime must not shift it
-    todo = [int(b) for b in range(rank.rank, len(done), rank.world) if not done[b]]
-    if not todo:
-        return
-    net = nets.load(job.model, rank.device)
-    half = nets.half_precision(rank.device)
-    # batches never cross a block: its vectors do not depend on which blocks were there before
-    batches = [
-        range(start, min(start + job.batch, (block + 1) * BLOCK, len(paths)))
-        for block in todo
-        for start in range(
-            block * BLOCK, min((block + 1) * BLOCK, len(paths)), job.batch
-        )
-    ]
-    loader = DataLoader(
-        EvalImages(job.data, paths, net.config.input),
-        batch_sampler=batches,
-        num_workers=job.workers,
-        worker_init_fn=in_worker,
-        pin_memory=rank.device.type == "cuda",
-    )
-    total, written = sum(map(len, batches)), 0
-    started = told = time.monotonic()
-    for batch, (images, readable) in zip(batches, loader, strict=True):
-        with torch.autocast(rank.device.type, half, enabled=half is not None):
-            found = embed(
-                net, images.to(rank.device, non_blocking=True), job.scales, job.flip
+    Vectors are equal to the bit for any number of ranks and any other models in the job, but
+    for models of other shapes: they make other batches, and those round otherwise.
+    """
+    with launch.group() as rank, ExitStack() as locks:
+        # ranks finish further apart than a collective may usually take
+        patient = dist.new_group(timeout=PATIENCE) if rank.world > 1 else None
+        abouts = {name: nets.describe(job.runs / name) for name in job.models}
+        listed = _prepare(job, abouts, rank, locks)
+        _sum((0, 0), rank, patient)  # the stores are there
+        models = [
+            fill.Model(job.runs / name, _spec(about), job.views, job.store(name))
+            for name, about in abouts.items()
+        ]
+        share = fill.fill(job.data, listed, models, rank, job.batch, job.workers)
+        written, total = _sum(share, rank, patient)
+        if written < total:
+            raise launch.Stopped(
+                f"{job.images}: stopped after {written} of {total} images, the time is over; "
+                "run it again to go on"
             )
-        if not torch.isfinite(found).all():
-            name = ids[batch.start + int((~torch.isfinite(found).all(1)).nonzero()[0])]
-            raise FloatingPointError(
-                f"{job.model}: the embedding of {name} is not finite; its weights or "
-                "its half precision are at fault"
+        if rank.main:
+            _finish(job)
+    return [job.store(name) for name in job.models]
+
+
+def _sum(counts: tuple[int, int], rank: launch.Rank, patient: Any) -> tuple[int, int]:
+    """Of all ranks, which wait for each other here."""
+    if rank.world == 1:
+        return counts
+    total = torch.tensor(counts, device=rank.device)
+    dist.all_reduce(total, group=patient)
+    return tuple(total.tolist())
+
+
+def _prepare(
+    job: Job, abouts: dict[str, dict], rank: launch.Rank, locks: ExitStack
+) -> fill.Listed:
+    """The list as every rank needs it; the main one creates the stores and keeps their locks."""
+    specs = {name: _spec(about) for name, about in abouts.items()}
+    shown = [job.views.of(spec) for spec in specs.values()]
+    wanted = ["id", "path"]
+    if any(spec.template for spec in shown):
+        wanted += ["height", "width"]
+    rows = lists.load(job.lists, job.images, wanted)
+    first = ~rows.rows["id"].duplicated().to_numpy()
+    listed = _listed(rows, first, shown)
+    _refuse_wrong_root(job.data, listed.paths)
+    if rank.main:
+        for folder in sorted(map(job.store, job.models)):
+            locks.enter_context(files.lock(folder))
+        ids = rows.ids[first]
+        for name, about in abouts.items():
+            facts = {
+                "model": {"name": name, "hash": about["hash"]},
+                "list": {"name": rows.name, "hash": rows.hash},
+                "seen": about["seen"],
+            } | job.views.facts(specs[name])
+            store.create(job.store(name), ids, about["dim"], fill.BLOCK, facts)
+    return listed
+
+
+def _spec(about: dict[str, Any]) -> InputSpec:
+    return config.from_dict(nets.NetConfig, about["config"]).input
+
+
+def _listed(
+    images: lists.ImageList, first: np.ndarray, specs: Sequence[InputSpec]
+) -> fill.Listed:
+    paths = packed(images.rows["path"].to_numpy())[first]
+    group, sizes = np.zeros(len(paths), np.int64), None
+    by_template = {spec.template: spec for spec in specs if spec.template}
+    if by_template:
+        sizes = images.rows[["height", "width"]].to_numpy(np.int32)[first]
+        if (sizes <= 0).all():
+            raise ValueError(
+                f"list {images.name} has no heights and widths, from which template "
+                f"{next(iter(by_template))} takes its shapes; run 00_image_lists with sizes"
             )
-        vectors[batch.start : batch.stop] = (
-            found.cpu().numpy() * readable.numpy()[:, None]
-        )
-        written += len(batch)
-        if batch.stop % BLOCK == 0 or batch.stop == len(paths):
-            vectors.flush()  # the mark must not reach the disk before its block
-            done[batch.start // BLOCK] = 1
-            done.flush()
-            if launch.time_left() <= 0 and written < total:
-                raise launch.Stopped(
-                    f"{job.images}: stopped after {written} of {total} images, the time is over; "
-                    "run it again to go on"
-                )
-        if rank.main and (written == total or time.monotonic() - told > 10):
-            told = time.monotonic()
-            speed = written / (told - started)
-            left = (total - written) / speed
-            log.info(
-                "%s %7d/%d images  %6.1f images/s  %5.0f s left",
-                *(job.images, written, total, speed, left),
-            )
+        for spec in by_template.values():
+            own = spec.group(*sizes.T)
+            group = group * (own.max() + 1) + own
+    return fill.Listed(images.name, paths, sizes, group)
 
 
 def _refuse_wrong_root(data: Path, paths: np.ndarray) -> None:
     reader = open_reader(data)
-    if not any(reader.exists(path) for path in paths[:100]):
+    if not any(reader.exists(path.decode()) for path in paths[:100]):
         raise FileNotFoundError(
-            f"{data}: {paths[0]} is not there, nor are the list's next images; "
+            f"{data}: {paths[0].decode()} is not there, nor are the list's next images; "
             "is this the folder that the list's paths start from?"
         )
+
+
+def _finish(job: Job) -> None:
+    """Marks every store complete that can be; then raises what the first other one said."""
+    refused = None
+    for name in job.models:
+        try:
+            missing = store.finish(job.store(name), job.max_unreadable)
+        except ValueError as error:
+            refused = refused or error
+            continue
+        if missing:
+            log.info("%s, %s: %d images cannot be read", name, job.images, missing)
+    if refused:
+        raise refused
 
 
 @launch.entry

@@ -3,7 +3,8 @@
 features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's order
                         vectors.npy     (N, D) float16, unit length; zeros where unreadable
                         done.npy        (blocks,) uint8
-                        manifest.json   model, list, what both saw, counts; `complete` at the end
+                        manifest.json   model, list, what both saw, how an image was looked at,
+                                        counts; `complete` at the end
 """
 
 import os
@@ -79,7 +80,7 @@ def create(
         for name in ("manifest.json", "done.npy", "ids.npy", "vectors.npy"):
             (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _allocate(folder / "vectors.npy", (len(ids), dim), np.float16)
+        allocate(folder / "vectors.npy", (len(ids), dim), np.float16)
         _save(folder / "ids.npy", ids.astype("U16"))
         _save(folder / "done.npy", np.zeros(-(-len(ids) // block), np.uint8))
         unfinished = {"complete": False, "unreadable": [], "kit": kit.__version__}
@@ -87,12 +88,36 @@ def create(
     return np.load(folder / "done.npy", allow_pickle=False)
 
 
-def open_for_writing(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """vectors and done as writable maps; write a block, flush it, then set its mark."""
-    return tuple(
-        np.load(folder / name, mmap_mode="r+", allow_pickle=False)
-        for name in ("vectors.npy", "done.npy")
-    )
+class Writer:
+    """Writes whole blocks of a store that `create` has prepared.
+
+    Any number of processes may write at once, on any machines that share the folder: each
+    writes its own blocks' bytes, where a memory map would write pages that reach into others'.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.block = files.read_json(folder / "manifest.json")["block"]
+        maps = [
+            np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            for name in ("vectors.npy", "done.npy")
+        ]
+        self.vectors_at, self.done_at = (each.offset for each in maps)
+        (self.rows, self.dim), self.done = maps[0].shape, np.array(maps[1])
+
+    def write(self, number: int, vectors: np.ndarray) -> None:
+        """The (n, D) vectors of block `number`, then its mark, each down to the disk."""
+        first = number * self.block
+        expected = min(self.block, self.rows - first), self.dim
+        if vectors.shape != expected:
+            raise ValueError(
+                f"{self.folder}: block {number} is {expected}, not {vectors.shape}"
+            )
+        half = np.ascontiguousarray(vectors, np.float16)
+        at = self.vectors_at + first * self.dim * half.itemsize
+        _overwrite(self.folder / "vectors.npy", at, half.tobytes())
+        _overwrite(self.folder / "done.npy", self.done_at + number, b"\1")
+        self.done[number] = 1
 
 
 def finish(folder: Path, max_unreadable: float = 1.0) -> int:
@@ -163,12 +188,20 @@ def expect(
     return features
 
 
+def _overwrite(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
-def _allocate(path: Path, shape: tuple[int, int], dtype: type) -> None:
+def allocate(path: Path, shape: tuple[int, int], dtype: type) -> None:
     """An .npy file of zeros with its blocks taken on disk: a sparse map on a full disk dies by SIGBUS."""
     header = {
         "descr": npy.dtype_to_descr(np.dtype(dtype)),

@@ -4,6 +4,7 @@ import random
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -22,11 +23,12 @@ from kit.data.images import (
     header_size,
     in_worker,
     least_side,
+    packed,
     read,
     shrunk,
     thumbnail,
 )
-from kit.data.inputs import InputSpec, prepare
+from kit.data.inputs import InputSpec, View, prepare
 from kit.data.readers import Folder
 
 ORIENTATION = 0x0112
@@ -376,6 +378,7 @@ def test_a_thumbnail_of_an_unreadable_file_is_grey(file):
 # Datasets
 
 SPEC = InputSpec(size=32, mean=(0.1, 0.5, 0.8), std=(0.2, 0.3, 0.4))
+VIEW = View(SPEC)
 ALL = Augment(flip=0.5, crop=0.3, pad=3, jitter=0.4, erase=0.5)
 
 
@@ -495,8 +498,53 @@ def test_a_reader_does_as_well_as_a_folder(folder):
     assert len(one) == len(other) == 10
     for row in range(10):
         np.testing.assert_array_equal(one[0, row][0], other[0, row][0])
-    evaluated = EvalImages(Folder(root), paths, SPEC)
-    np.testing.assert_array_equal(evaluated[1][0], EvalImages(root, paths, SPEC)[1][0])
+    one, other = (EvalImages(where, paths, [VIEW]) for where in (root, Folder(root)))
+    np.testing.assert_array_equal(one[1][0], other[1][0])
+
+
+# Several views of a picture
+
+
+def test_a_file_is_read_once_and_each_view_is_made_of_the_picture_itself(folder):
+    root, paths = folder
+    other = replace(SPEC, size=64, resize="crop", colour="bgr")
+    views = [
+        VIEW,
+        View(other),
+        View(SPEC, 0.55, multiple=4),  # 17.6 pixels
+        View(SPEC, 1.5, multiple=16, least=90),
+        View(replace(SPEC, template="S2", size=448), 0.5, multiple=32),
+    ]
+    asked = []
+
+    class Counting(Folder):
+        def read(self, path):
+            asked.append(path)
+            return super().read(path)
+
+    sizes = np.array([(40, 54)] * 9 + [(40, 90)])
+    data = EvalImages(Counting(root), paths, views, sizes=sizes)
+    shapes = {4: (192, 256), 9: (160, 256)}  # 384 x 512 and 352 x 512, halved
+    for row, listed in shapes.items():
+        images, fine = data[row]
+        expected = [(32, 32), (64, 64), (16, 16), (90, 90), listed]
+        assert [image.shape for image in images] == [(3, *shape) for shape in expected]
+        assert fine is (row == 4)
+        for image, view, shape in zip(images, views, expected, strict=True):
+            assert image.dtype == np.uint8
+            alone = prepare(read(root / paths[4]), view.spec, shape)
+            np.testing.assert_array_equal(image, alone if fine else 0 * image)
+    assert asked == [paths[4], paths[9]]
+
+
+def test_paths_are_bytes_whatever_text_they_are_given_as(folder):
+    _, paths = folder
+    many = np.concatenate([paths] * 7000 + [np.array(["long/" * 9 + "ü.jpg"], object)])
+    expected = [path.encode() for path in many]
+    for given in (many, many.astype(str), packed(many)):
+        assert packed(given).dtype == np.dtype("S51")
+        assert packed(given).tolist() == expected
+    assert len(packed(many[:0])) == 0
 
 
 # Shapes by the list's height and width
@@ -521,10 +569,10 @@ def test_the_list_decides_the_shape_and_not_the_picture(shaped):
     told = sizes[[1, 1, 2, 0, 0, 0, 2, 1, 2]]  # not those of the pictures
     how = Augment(flip=0, pad=2, erase=1)
     train = TrainImages(root, paths, np.arange(9), TEMPLATE, how, 0, sizes=told)
-    evaluated = EvalImages(root, paths, TEMPLATE, sizes=told)
+    evaluated = EvalImages(root, paths, [View(TEMPLATE)], sizes=told)
     for row in range(9):
         shape = (3, *SHAPES[tuple(told[row])])
-        assert evaluated[row][0].shape == train[0, row][0].shape == shape
+        assert evaluated[row][0][0].shape == train[0, row][0].shape == shape
     assert evaluated[3][1] is False and evaluated[4][1] is True
 
 
@@ -547,7 +595,7 @@ def test_a_template_needs_the_sizes_of_the_list(shaped, kind):
         if kind == "train":
             TrainImages(root, paths, np.arange(9), TEMPLATE, Augment(), 0)
         else:
-            EvalImages(root, paths, TEMPLATE)
+            EvalImages(root, paths, [VIEW, View(TEMPLATE)])
     assert "template SS2" in str(error.value) and "give sizes" in str(error.value)
 
 
@@ -653,16 +701,18 @@ def test_fast_pictures_are_nearly_those_of_a_full_decode(tmp_path):
         TrainImages(tmp_path, paths, np.arange(4), spec, Augment(), 0, fast=fast)
         for fast in (True, False)
     ]
-    evaluated = [EvalImages(tmp_path, paths, spec, fast=fast) for fast in (True, False)]
+    evaluated = [
+        EvalImages(tmp_path, paths, [View(spec)], fast=fast) for fast in (True, False)
+    ]
     for row in range(4):
         for fast, slow in (
             [data[1, row][0] for data in train],
-            [data[row][0] for data in evaluated],
+            [data[row][0][0] for data in evaluated],
         ):
             assert fast.shape == slow.shape == (3, 64, 64)
             assert np.abs(fast.astype(int) - slow).mean() < 3
         expected = prepare(read(tmp_path / paths[row]), spec)
-        np.testing.assert_array_equal(evaluated[1][row][0], expected)
+        np.testing.assert_array_equal(evaluated[1][row][0][0], expected)
     row = 1  # 90 x 75, and 64 is more than half
     small = cv2.resize(read(tmp_path / paths[row]), (64, 64))
     still = TrainImages(tmp_path, paths, np.arange(4), spec, Augment(flip=0), 0)
@@ -670,9 +720,9 @@ def test_fast_pictures_are_nearly_those_of_a_full_decode(tmp_path):
     assert train[0].load(encoded(scene(300, 420)), "x", (64, 64)).shape[:2] == (75, 105)
     assert train[1].load(encoded(scene(300, 420)), "x", (64, 64)).shape[0] == 300
     np.testing.assert_array_equal(
-        EvalImages(tmp_path, paths, spec)[0][0], evaluated[1][0][0]
+        EvalImages(tmp_path, paths, [View(spec)])[0][0], evaluated[1][0][0]
     )  # unless asked
-    assert not np.array_equal(evaluated[0][0][0], evaluated[1][0][0])
+    assert not np.array_equal(evaluated[0][0][0][0], evaluated[1][0][0][0])
 
 
 @pytest.mark.parametrize(
@@ -712,10 +762,10 @@ def test_a_worker_has_one_thread():
 
 def test_evaluation_sees_every_row_once_and_says_which_are_unreadable(folder):
     root, paths = folder
-    data = EvalImages(root, paths, SPEC)
+    data = EvalImages(root, paths, [VIEW])
     assert len(data) == 10
     for row in range(10):
-        image, fine = data[row]
+        (image,), fine = data[row]
         assert fine is (row not in (2, 3, 9))
         expected = (
             prepare(read(root / paths[row]), SPEC) if fine else np.zeros_like(image)

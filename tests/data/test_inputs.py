@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kit.data.augment import Augment, augment
-from kit.data.inputs import InputSpec, prepare, resized
+from kit.data.inputs import InputSpec, View, prepare, resized
 
 
 def scene(height, width, seed=0):
@@ -199,3 +199,39 @@ def test_bgr_is_rgb_reversed():
             for spec in (rgb, bgr)
         )
         np.testing.assert_array_equal(other, one[::-1])
+
+
+# Scales
+
+
+def test_the_scales_of_2021_are_multiples_of_16():
+    spec = replace(SPEC, size=512)
+    views = [View(spec, scale, multiple=16, least=32) for scale in (0.707, 1, 1.414)]
+    assert [view.shape(300, 900) for view in views] == [
+        (352,) * 2,
+        (512,) * 2,
+        (720,) * 2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "own", "large"),
+    [
+        ((60, 100), (384, 576), (544, 800), (672, 992)),
+        ((75, 100), (448, 576), (608, 800), (736, 992)),
+        ((100, 100), (576, 576), (800, 800), (992, 992)),
+        ((100, 75), (576, 448), (800, 608), (992, 736)),
+        ((100, 60), (576, 384), (800, 544), (992, 672)),
+    ],
+)
+def test_the_scales_of_2019_are_multiples_of_32_of_each_side(size, small, own, large):
+    spec = replace(SPEC, template="L2", size=800)
+    views = [View(spec, scale, multiple=32, least=128) for scale in (0.75, 1, 1.25)]
+    assert [view.shape(*size) for view in views] == [small, own, large]
+
+
+def test_a_scale_of_1_leaves_the_sides_as_they_are_and_others_have_a_least():
+    spec = replace(SPEC, size=100)
+    assert View(spec, 1.0, multiple=64, least=128).shape(9, 9) == (100, 100)
+    assert View(spec, 0.99, multiple=64, least=128).shape(9, 9) == (128, 128)
+    assert View(spec, 0.5).shape(9, 9) == (50, 50)

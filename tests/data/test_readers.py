@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from kit.data import tars
 from kit.data.augment import Augment
 from kit.data.images import EvalImages, TrainImages, in_worker
-from kit.data.inputs import InputSpec
+from kit.data.inputs import InputSpec, View
 from kit.data.readers import Folder, Tars, UnreadableImage, open_reader
 
 
@@ -223,7 +223,8 @@ def test_damage_inside_a_tar_is_one_unreadable_image(both):
         file.seek(place.offset + place.size // 2)
         file.write(bytes(place.size - place.size // 2))
     tars.index(packed)
-    data = EvalImages(packed, np.array([*paths[:4], "train/none.jpg"]), InputSpec(32))
+    views = [View(InputSpec(32))]
+    data = EvalImages(packed, np.array([*paths[:4], "train/none.jpg"]), views)
     assert len(Folder(folder).read(paths[2])) == len(whole)
     assert [data[row][1] for row in range(5)] == [True, True, False, True, False]
     train = TrainImages(

@@ -1,7 +1,9 @@
 import json
 import logging
 import math
+import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,15 +17,17 @@ import torch
 from torch.nn import functional as F
 
 from kit import config, files, launch
-from kit.data import lists, sources
+from kit.data import images, lists, sources, tars
 from kit.data.inputs import InputSpec
-from kit.features import extract, store
-from kit.features.extract import Job, embed
+from kit.features import extract, fill, store
+from kit.features.extract import Job
+from kit.features.views import Views, embed
 from kit.models import net as nets
 
 SPEC = InputSpec(size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 CROP = replace(SPEC, size=48, resize="crop", colour="bgr")
 SHAPES = [(64, 64), (70, 130), (131, 67), (40, 50), (200, 64), (33, 90), (64, 96)]
+SHAPES += [(75, 100), (100, 70)]
 BAD = ["bad/cut.jpg", "bad/text.jpg", "bad/gone.jpg"]
 SEEN = {"f" * 64: "clean"}
 
@@ -67,36 +71,67 @@ def data(tmp_path_factory):
     facts = sources.from_csv(root / "table.csv", root)
     facts.index = facts.train.iloc[[2, 1, 2, 0, 1, 2]]  # images that stand there twice
     lists.build(facts, root, root / "lists", sizes=False)
+    lists.build(facts, root, root / "sized")
     return root
 
 
 @pytest.fixture(scope="module")
-def net():
+def made(tmp_path_factory):
+    """Three networks by name; two have one input, each its own embedding."""
+    runs, found = tmp_path_factory.mktemp("runs"), {}
     torch.manual_seed(0)
-    config = nets.NetConfig("test_resnet", neck="none", input=SPEC)
-    return nets.build(config).eval()
+    for name, network in {
+        "clean": nets.NetConfig("test_resnet", neck="none", input=SPEC),
+        "c2x": nets.NetConfig("test_resnet", dim=16, input=replace(SPEC, std=(1,) * 3)),
+        "other/all": nets.NetConfig("test_resnet", dim=24, input=CROP),
+    }.items():
+        found[name] = nets.build(network).eval()
+        nets.save(found[name], runs / name, SEEN)
+    return runs, found
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, net):
-    return nets.save(net, tmp_path_factory.mktemp("runs") / "clean", SEEN)
+def net(made):
+    return made[1]["clean"]
 
 
 @pytest.fixture
-def job(tmp_path, data, model):
-    return Job(
-        model, data / "lists", "full", data, tmp_path / "full", batch=5, workers=0
-    )
+def job(tmp_path, data, made):
+    where = data / "lists", "full", data, tmp_path / "features"
+    return Job(made[0], ("clean",), *where, batch=5, workers=0)
+
+
+@pytest.fixture
+def three(job, made):
+    """One job of all models."""
+    return replace(job, models=tuple(made[1]))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 4 images: the 24 of the list are 6 of them."""
-    monkeypatch.setattr(extract, "BLOCK", 4)
+    monkeypatch.setattr(fill, "BLOCK", 4)
 
 
-def pixels(path: Path, spec: InputSpec) -> torch.Tensor | None:
-    """(1, 3, size, size) normalised, or None: decode, cut, resize, normalise."""
+def extracted(job: Job) -> store.Features:
+    (folder,) = extract.run(job)
+    return store.load(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    names = ("ids.npy", "vectors.npy", "done.npy", "manifest.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def maps(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """vectors and done, to change by hand."""
+    return tuple(
+        np.load(folder / name, mmap_mode="r+") for name in ("vectors.npy", "done.npy")
+    )
+
+
+def pixels(path: Path, spec: InputSpec, shape) -> torch.Tensor | None:
+    """(1, 3, h, w) normalised, or None: decode, cut, resize, normalise."""
     image = cv2.imread(str(path)) if path.parent.name != "bad" else None
     if image is None:
         return None
@@ -105,10 +140,10 @@ def pixels(path: Path, spec: InputSpec) -> torch.Tensor | None:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         image = image[top : top + side, left : left + side]
-    shrinks = min(image.shape[:2]) >= spec.size
+    shrinks = image.shape[0] >= shape[0] and image.shape[1] >= shape[1]
     image = cv2.resize(
         image,
-        (spec.size, spec.size),
+        shape[::-1],
         interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
     )
     if spec.colour == "rgb":
@@ -121,23 +156,21 @@ def pixels(path: Path, spec: InputSpec) -> torch.Tensor | None:
 
 
 @torch.inference_mode()
-def by_hand(net, root: Path, paths, sides=None, flip=False) -> np.ndarray:
-    """Features of one image after another."""
+def by_hand(
+    net, root: Path, paths, shapes=None, flip=False, normalise=False
+) -> np.ndarray:
+    """Features of one image after another; shapes: of a path's scales."""
     spec, found = net.config.input, []
     for path in paths:
-        x = pixels(root / path, spec)
-        if x is None:
-            found.append(np.zeros(net.dim))
-            continue
         total = np.zeros(net.dim)
-        for side in sides or [spec.size]:
-            scaled = x
-            if side != spec.size:
-                scaled = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-            total += net(scaled)[0].double().numpy()
-            if flip:
-                total += net(scaled.flip(3))[0].double().numpy()
-        found.append(total / math.sqrt((total**2).sum()))
+        for shape in shapes(path) if shapes else [(spec.size, spec.size)]:
+            x = pixels(root / path, spec, shape)
+            if x is None:
+                continue
+            for seen in (x, x.flip(3)) if flip else (x,):
+                vector = net(seen)[0].double().numpy()
+                total += vector / math.sqrt((vector**2).sum()) if normalise else vector
+        found.append(total / max(1e-9, math.sqrt((total**2).sum())))
     return np.stack(found)
 
 
@@ -152,9 +185,10 @@ def test_features_are_what_one_image_after_another_gives(
     torch.manual_seed(1)
     config = nets.NetConfig("test_resnet", dim=24, input=spec)
     net = nets.build(config).eval()
-    model = nets.save(net, tmp_path / "other", SEEN)
-    job = replace(job, model=model, workers=workers)
-    features = store.load(extract.run(job))
+    nets.save(net, tmp_path / "other", SEEN)
+    features = extracted(
+        replace(job, runs=tmp_path, models=("other",), workers=workers)
+    )
     rows = lists.load(data / "lists", "full").rows
     expected = by_hand(net, data, rows["path"])
     np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
@@ -162,52 +196,297 @@ def test_features_are_what_one_image_after_another_gives(
     assert len(np.unique(expected.round(2), axis=0)) == 22  # 21 photos and none
 
 
-def test_the_manifest_says_what_made_the_features(data, job, model):
-    features = store.load(extract.run(job))
+def test_the_manifest_says_what_made_the_features(data, job, made):
+    about = extracted(job).manifest
     whole = lists.load(data / "lists", "full")
-    about = features.manifest
-    assert about["model"] == {"name": "clean", "hash": nets.describe(model)["hash"]}
+    weights = nets.describe(made[0] / "clean")["hash"]
+    assert about["model"] == {"name": "clean", "hash": weights}
     assert about["list"] == {"name": "full", "hash": whole.hash}
     assert about["seen"] == SEEN
-    assert (about["scales"], about["flip"]) == ([1.0], False)
+    views = {"size": 64, "template": "square", "scales": [1.0], "multiple": 16}
+    views |= {"least": 32, "flip": False, "normalise": False}
+    assert views.items() <= about.items()
     assert about["complete"] is True
-    store.expect(features, list_hash=whole.hash)
+    store.expect(store.load(job.folder), list_hash=whole.hash)
 
 
-def test_unreadable_images_are_rows_of_zeros_and_are_named(data, job):
-    features = store.load(extract.run(job))
+def test_unreadable_images_are_rows_of_zeros_and_are_named_in_every_store(data, three):
     rows = lists.load(data / "lists", "full").rows
     bad = rows["path"].isin(BAD).to_numpy()
     assert bad.sum() == 3
-    assert features.manifest["unreadable"] == rows["id"][bad].tolist()
-    assert not features.vectors[bad].any()
-    lengths = np.linalg.norm(features.vectors.astype(np.float64), axis=1)
-    np.testing.assert_allclose(lengths[~bad], 1, atol=1e-3)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_scales_and_mirror_images_add_up(data, job, net, flip):
-    job = replace(job, scales=(0.707, 1.0, 1.414, 0.1), flip=flip)
-    features = store.load(extract.run(job))
-    paths = lists.load(data / "lists", "full").rows["path"]
-    # 64 times the scale, down to a multiple of 16, not below 32
-    expected = by_hand(net, data, paths, sides=[32, 64, 80, 32], flip=flip)
-    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
-    alone = by_hand(net, data, paths)
-    assert np.abs(expected - alone).max() > 0.02
+    for folder in extract.run(three):
+        features = store.load(folder)
+        assert features.manifest["unreadable"] == rows["id"][bad].tolist()
+        assert not features.vectors[bad].any()
+        lengths = np.linalg.norm(features.vectors.astype(np.float64), axis=1)
+        np.testing.assert_allclose(lengths[~bad], 1, atol=1e-3)
 
 
 def test_an_image_that_stands_in_the_list_twice_is_extracted_once(data, job):
     listed = lists.load(data / "lists", "index")
     assert len(listed) == 6
-    features = store.load(extract.run(replace(job, images="index")))
+    features = extracted(replace(job, images="index"))
     assert features.ids.tolist() == listed.ids[[0, 1, 3]].tolist()
     rows = features.find(listed.ids)
     assert rows.tolist() == [0, 1, 0, 2, 1, 0]
-    whole = store.load(extract.run(replace(job, out=job.out.with_name("whole"))))
+    whole = extracted(job)
     np.testing.assert_allclose(
         features.vectors, whole.vectors[whole.find(features.ids)], atol=1e-3
     )
+
+
+def relisted(lists_folder: Path, out: Path, rows: pd.DataFrame) -> None:
+    """List `full` with other rows."""
+    out.mkdir()
+    rows.to_csv(out / "full.csv", index=False, lineterminator="\n")
+    about = files.read_json(lists_folder / "full.json")
+    about["hash"] = files.sha256(out / "full.csv")
+    files.write_json(out / "full.json", about)
+
+
+def test_images_without_a_label_are_extracted_too(data, job, tmp_path):
+    rows = pd.read_csv(data / "lists/full.csv", dtype=str, keep_default_na=False)
+    rows.loc[::2, "label"] = "-1"
+    relisted(data / "lists", tmp_path / "lists", rows)
+    some = extracted(replace(job, lists=tmp_path / "lists", features=tmp_path / "some"))
+    whole = extracted(job)
+    assert some.ids.tolist() == whole.ids.tolist()
+    assert np.array_equal(some.vectors, whole.vectors)
+
+
+def test_the_members_of_tars_do_as_well_as_files(data, three, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for folder in ("photos", "bad"):
+            for path in sorted((data / folder).iterdir()):
+                tar.add(path, path.relative_to(data))
+    tars.index(tmp_path)
+    packed = replace(three, data=tmp_path, features=tmp_path / "packed", workers=1)
+    for ours, theirs in zip(extract.run(packed), extract.run(three), strict=True):
+        assert contents(ours) == contents(theirs)
+
+
+# Sizes, shapes and scales
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_scales_and_mirror_images_add_up(data, job, net, flip, normalise):
+    views = Views(scales=(0.707, 1.0, 1.414, 0.1), flip=flip, normalise=normalise)
+    features = extracted(replace(job, views=views))
+    paths = lists.load(data / "lists", "full").rows["path"]
+    # 64 times the scale, down to a multiple of 16, not below 32
+    how = {"flip": flip, "normalise": normalise}
+    sides = [(side, side) for side in (32, 64, 80, 32)]
+    expected = by_hand(net, data, paths, lambda _: sides, **how)
+    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
+    alone = by_hand(net, data, paths)
+    assert np.abs(expected - alone).max() > 0.02
+    other = by_hand(net, data, paths, lambda _: sides, flip, not normalise)
+    assert np.abs(expected - other).max() > 5e-3
+
+
+def test_another_size_overrides_the_model_s_own(data, job, net):
+    features = extracted(replace(job, views=Views(size=96)))
+    paths = lists.load(data / "lists", "full").rows["path"]
+    expected = by_hand(net, data, paths, lambda _: [(96, 96)])
+    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
+    assert features.manifest["size"] == 96
+
+
+TEMPLATES = {  # height, width from landscape to portrait
+    "SS2": [(320, 480), (352, 480), (384, 384), (480, 352), (480, 320)],
+    "L2": [(544, 800), (608, 800), (800, 800), (800, 608), (800, 544)],
+    "SS": [(256, 384), (256, 256), (384, 256)],
+}
+BOUNDS = {5: (0.67, 0.77, 1.33, 1.5), 3: (0.77, 1.33)}
+
+
+def in_template(name: str, data: Path, scales, multiple: int, least: int):
+    """Path -> the shape of each scale, from the picture's own height and width."""
+
+    def shapes(path):
+        image = cv2.imread(str(data / path))
+        if image is None:
+            return [(9, 9)]
+        height, width = image.shape[:2]
+        table = TEMPLATES[name]
+        group = sum(height / width >= bound for bound in BOUNDS[len(table)])
+        return [
+            tuple(
+                side
+                if s == 1
+                else max(least, math.floor(side * s / multiple) * multiple)
+                for side in table[group]
+            )
+            for s in scales
+        ]
+
+    return shapes
+
+
+@pytest.mark.parametrize("batch", [2, 50])
+def test_images_take_the_template_s_shape_that_their_own_is_next_to(
+    data, job, net, batch, small_blocks
+):
+    views = Views(template="SS2", scales=(0.3, 1.0), multiple=32, least=128)
+    features = extracted(replace(job, lists=data / "sized", views=views, batch=batch))
+    paths = lists.load(data / "sized", "full").rows["path"]
+    shapes = in_template("SS2", data, (0.3, 1.0), 32, 128)
+    assert len({tuple(shapes(path)) for path in paths if path not in BAD}) == 5
+    expected = by_hand(net, data, paths, shapes)
+    np.testing.assert_allclose(features.vectors, expected, atol=5e-4)
+    square = by_hand(net, data, paths, lambda _: [(128, 128), (384, 384)])
+    assert np.abs(expected - square).max() > 5e-3
+    facts = {"template": "SS2", "size": 384, "multiple": 32, "least": 128}
+    assert facts.items() <= features.manifest.items()
+
+
+def test_the_published_form_of_2019(data, job, net):
+    scales = (0.75, 1.0, 1.25)
+    views = Views(template="L2", scales=scales, multiple=32, least=128)
+    features = extracted(
+        replace(job, images="index", lists=data / "sized", views=views)
+    )
+    rows = lists.load(data / "sized", "index").rows.drop_duplicates("id")
+    shapes = in_template("L2", data, scales, 32, 128)
+    expected = by_hand(net, data, rows["path"], shapes)
+    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
+
+
+def test_a_template_needs_a_list_with_heights_and_widths(job):
+    with pytest.raises(ValueError) as error:
+        extract.run(replace(job, views=Views(template="S2")))
+    assert "list full has no heights and widths" in str(error.value)
+    assert "template S2" in str(error.value) and "00_image_lists" in str(error.value)
+    assert not job.folder.exists()
+
+
+def test_a_model_s_own_template_is_used_or_replaced_by_a_square(
+    data, job, net, tmp_path
+):
+    config = replace(net.config, input=replace(SPEC, template="SS", size=256))
+    own = nets.build(config).eval()
+    own.load_state_dict(net.state_dict())
+    nets.save(own, tmp_path / "own", SEEN)
+    job = replace(
+        job, runs=tmp_path, models=("own",), lists=data / "sized", images="index"
+    )
+    paths = lists.load(data / "sized", "index").rows.drop_duplicates("id")["path"]
+    features = extracted(job)
+    assert features.manifest["template"] == "SS"
+    expected = by_hand(own, data, paths, in_template("SS", data, (1,), 1, 1))
+    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
+    views = Views(template="square", size=64)
+    features = extracted(replace(job, views=views))
+    assert features.manifest["template"] == "square"
+    expected = by_hand(own, data, paths, lambda _: [(64, 64)])
+    np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
+
+
+def test_batches_hold_one_shape_and_every_row_of_the_block_once(monkeypatch):
+    monkeypatch.setattr(fill, "BLOCK", 8)
+    group = np.array([2, 0, 0, 2, 0, 0, 2, 0, 1, 1, 0])
+    first, second = (fill.batches(group, block, 3) for block in (0, 1))
+    assert [rows.tolist() for rows in first] == [[1, 2, 4], [5, 7], [0, 3, 6]]
+    assert [rows.tolist() for rows in second] == [[10], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("views", "words"),
+    [
+        ({"template": "L3"}, "template 'L3' is not one of own, square, SS, S, M"),
+        ({"scales": ()}, "scales () are none, or not all above 0"),
+        ({"scales": (1.0, 0.0)}, "scales (1.0, 0.0) are none, or not all above 0"),
+        ({"multiple": 0}, "multiple is 0, not at least 1"),
+        ({"size": -1}, "size is -1, not at least 0"),
+    ],
+)
+def test_views_that_are_none_are_refused(views, words):
+    with pytest.raises(ValueError) as error:
+        Views(**views)
+    assert str(error.value).startswith(words)
+
+
+def test_a_central_square_has_no_template(three, data):
+    job = replace(three, lists=data / "sized", views=Views(template="S2"))
+    with pytest.raises(ValueError, match="template S2 takes the whole image"):
+        extract.run(job)
+
+
+# Several models
+
+
+def alone(job: Job, tmp_path: Path) -> list[Path]:
+    """The stores of one job a model."""
+    return [
+        extract.run(replace(job, models=(name,), features=tmp_path / "alone"))[0]
+        for name in job.models
+    ]
+
+
+VIEWS = {
+    "own": Views(),
+    "scales": Views(scales=(0.707, 1.0, 1.414), flip=True),
+    "size": Views(size=80, scales=(0.5,), normalise=True),
+}
+
+
+@pytest.mark.parametrize("how", VIEWS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_models_that_share_a_decode_see_what_each_sees_alone(
+    three, tmp_path, small_blocks, how, workers
+):
+    job = replace(three, views=VIEWS[how], workers=workers)
+    together = extract.run(job)
+    assert [str(path.relative_to(job.features)) for path in together] == [
+        *("clean/full", "c2x/full", "other/all/full")
+    ]
+    for ours, theirs in zip(together, alone(job, tmp_path), strict=True):
+        assert contents(ours) == contents(theirs)
+    assert len({len(contents(path)["vectors.npy"]) for path in together}) == 3
+
+
+def test_models_that_share_a_template_see_what_each_sees_alone(
+    three, data, tmp_path, small_blocks
+):
+    views = Views(template="SS", scales=(0.5, 1.0))
+    models = ("clean", "c2x")
+    job = replace(three, models=models, lists=data / "sized", views=views)
+    for ours, theirs in zip(extract.run(job), alone(job, tmp_path), strict=True):
+        assert contents(ours) == contents(theirs)
+
+
+@pytest.mark.parametrize(
+    ("models", "inputs"), [(("clean", "c2x"), 2), (("clean", "c2x", "other/all"), 4)]
+)
+def test_a_picture_is_decoded_once_and_equal_inputs_are_made_once(
+    three, monkeypatch, models, inputs
+):
+    counts = {"decode": 0, "prepare": 0}
+
+    def counting(name, real):
+        def counted(*arguments):
+            counts[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(images, name, counted)
+
+    counting("decode", images.decode)
+    counting("prepare", images.prepare)
+    extract.run(replace(three, models=models, views=Views(scales=(1.0, 0.5))))
+    readable = 21
+    assert counts == {"decode": readable + 2, "prepare": inputs * readable}
+
+
+def test_models_of_a_job_are_named_once_and_lie_in_its_folder(three):
+    for models, words in (
+        ((), "are none, or one stands twice"),
+        (("clean", "c2x", "clean"), "are none, or one stands twice"),
+        (("../clean",), "model '../clean' is not a path inside"),
+        (("/clean",), "model '/clean' is not a path inside"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(three, models=models)
 
 
 # embed
@@ -220,37 +499,49 @@ def batch():
 
 
 def test_embeddings_have_unit_length_and_do_not_depend_on_their_batch(net, batch):
-    together = embed(net, batch, (1.0, 0.7), True)
+    scales = batch, batch[:, :, 8:-8, ::2]
+    together = embed(net, scales, flip=True)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(4))
-    alone = torch.cat([embed(net, image[None], (1.0, 0.7), True) for image in batch])
+    alone = torch.cat(
+        [embed(net, [scale[[row]] for scale in scales], flip=True) for row in range(4)]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mirrored_image_has_the_same_embedding_where_mirrors_count(net, batch):
     mirrored = batch.flip(-1)
     torch.testing.assert_close(
-        embed(net, batch, flip=True), embed(net, mirrored, flip=True)
+        embed(net, [batch], flip=True), embed(net, [mirrored], flip=True)
     )
-    assert not torch.allclose(embed(net, batch), embed(net, mirrored), atol=1e-3)
+    assert not torch.allclose(embed(net, [batch]), embed(net, [mirrored]), atol=1e-3)
 
 
 def test_the_order_of_scales_does_not_matter(net, batch):
-    there = embed(net, batch, (0.7, 1.0, 1.4))
-    torch.testing.assert_close(there, embed(net, batch, (1.4, 0.7, 1.0)))
+    small, large = batch[..., ::2, ::2], batch.repeat(1, 1, 1, 2)
+    there = embed(net, [small, batch, large])
+    torch.testing.assert_close(there, embed(net, [large, small, batch]))
 
 
-@pytest.mark.parametrize(("scale", "side"), [(0.5, 32), (0.77, 48), (1.5, 96)])
-def test_a_scale_adds_embeddings_before_their_length_is_made_1(net, batch, scale, side):
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_scale_adds_embeddings_before_their_length_is_made_1(
+    net, batch, flip, normalise
+):
+    small = batch[..., 5:-5, ::2]
+    total = torch.zeros(4, net.dim)
     with torch.inference_mode():
-        x = net.config.input.normalise(batch)
-        scaled = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        expected = F.normalize(net(x) + net(scaled))
-    torch.testing.assert_close(embed(net, batch, (1.0, scale)), expected)
+        for images in (batch, small):
+            x = net.config.input.normalise(images)
+            for seen in [x, x.flip(3)][: 1 + flip]:
+                vectors = net(seen)
+                total += F.normalize(vectors) if normalise else vectors
+    expected = total / total.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(embed(net, [batch, small], flip, normalise), expected)
 
 
 def test_images_are_not_modified(net, batch):
     before = batch.clone()
-    embed(net, batch, (1.0, 0.7), True)
+    embed(net, [batch, batch], True, True)
     assert torch.equal(batch, before)
 
 
@@ -258,80 +549,140 @@ def test_images_are_not_modified(net, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 50])
-def test_going_on_gives_the_same_bytes(job, small_blocks, batch):
-    job = replace(job, batch=batch)
-    extract.run(job)
-    before = {path.name: path.read_bytes() for path in job.out.iterdir()}
-    vectors, done = store.open_for_writing(job.out)
-    for block in (0, 2, 3, 5):
-        vectors[block * 4 : block * 4 + 4] = np.nan
-        done[block] = 0
-    vectors.flush()
-    done.flush()
-    extract.run(job)
-    assert {path.name: path.read_bytes() for path in job.out.iterdir()} == before
+def test_going_on_gives_the_same_bytes(three, small_blocks, batch):
+    job = replace(three, batch=batch)
+    before = [contents(folder) for folder in extract.run(job)]
+    for number, folder in enumerate(map(job.store, job.models)):
+        vectors, done = maps(folder)
+        for block in ((0, 2, 3, 5), (2, 4), ())[number]:
+            vectors[block * 4 : block * 4 + 4] = np.nan
+            done[block] = 0
+        vectors.flush()
+        done.flush()
+    assert [contents(folder) for folder in extract.run(job)] == before
 
 
 def test_blocks_that_are_there_already_are_kept(job, small_blocks):
     extract.run(job)
-    vectors, done = store.open_for_writing(job.out)
+    vectors, done = maps(job.folder)
     vectors[4:12] = 7
     done[2] = 0
     del vectors, done
-    features = store.load(extract.run(job))
+    features = extracted(job)
     assert (features.vectors[4:8] == 7).all()
     assert not (features.vectors[8:12] == 7).any()
+
+
+def test_a_model_that_is_finished_is_left_alone(
+    three, small_blocks, monkeypatch, tmp_path
+):
+    whole = extract.run(replace(three, features=tmp_path / "whole"))
+    expected = [contents(folder) for folder in whole]
+    first, second, third = map(three.store, three.models)
+    extract.run(replace(three, models=three.models[:2]))
+    _, done = maps(second)
+    done[3:5] = 0
+    done.flush()
+    loaded, written = [], []
+    load, write = nets.load, store.Writer.write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            nets, "load", lambda path, *rest: loaded.append(path) or load(path, *rest)
+        )
+        patch.setattr(
+            store.Writer,
+            "write",
+            lambda to, block, values: (
+                written.append((to.folder, block)) or write(to, block, values)
+            ),
+        )
+        extract.run(three)
+    assert [path.name for path in loaded] == ["c2x", "all"]
+    assert [block for folder, block in written if folder == second] == [3, 4]
+    assert [block for folder, block in written if folder == third] == [*range(6)]
+    assert len(written) == 8
+    assert [contents(folder) for folder in (first, second, third)] == expected
 
 
 class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("calls", [0, 1, 3, 5, 14, 22])
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(
-    job, small_blocks, monkeypatch
+    three, small_blocks, monkeypatch, tmp_path, calls
 ):
-    job = replace(job, batch=3)  # two batches a block of four
-    expected = extract.run(replace(job, out=job.out.with_name("whole")))
-    embed, batches = extract.embed, []
+    # two batches a block of four, each for two models
+    job = replace(three, models=("clean", "other/all"), batch=3)
+    expected = extract.run(replace(job, features=tmp_path / "whole"))
+    real, left = fill.embed, [None] * calls
 
     def killed(*arguments):
-        batches.append(1)
-        if len(batches) == 6:
+        if not left:
             raise Killed
-        return embed(*arguments)
+        left.pop()
+        return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(extract, "embed", killed)
+        patch.setattr(fill, "embed", killed)
         extract.run(job)
-    with pytest.raises(ValueError, match="has not finished"):
-        store.load(job.out)
-    assert store.open_for_writing(job.out)[1].tolist() == [1, 1, 0, 0, 0, 0]
-    extract.run(job)
-    for name in ("vectors.npy", "ids.npy", "done.npy", "manifest.json"):
-        assert (job.out / name).read_bytes() == (expected / name).read_bytes()
+    for folder in map(job.store, job.models):
+        with pytest.raises(ValueError, match="has not finished"):
+            store.load(folder)
+        done = calls // 4
+        assert maps(folder)[1].tolist() == [1] * done + [0] * (6 - done)
+    for ours, theirs in zip(extract.run(job), expected, strict=True):
+        assert contents(ours) == contents(theirs)
+
+
+def test_a_run_that_was_killed_between_two_models_goes_on_and_ends_the_same(
+    three, small_blocks, monkeypatch, tmp_path
+):
+    expected = extract.run(replace(three, features=tmp_path / "whole"))
+    real, left = store.Writer.write, [None] * 4
+
+    def killed(*arguments):
+        if not left:
+            raise Killed
+        left.pop()
+        real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store.Writer, "write", killed)
+        extract.run(three)
+    done = [maps(three.store(name))[1].sum() for name in three.models]
+    assert done == [2, 1, 1]
+    for ours, theirs in zip(extract.run(three), expected, strict=True):
+        assert contents(ours) == contents(theirs)
 
 
 def test_when_the_time_is_over_blocks_are_kept_and_the_next_run_goes_on(
-    job, small_blocks, monkeypatch
+    three, small_blocks, monkeypatch, tmp_path
 ):
-    expected = extract.run(replace(job, out=job.out.with_name("whole")))
+    expected = extract.run(replace(three, features=tmp_path / "whole"))
     monkeypatch.setenv("KIT_STOP_AT", "1")
     for blocks in (1, 2):
-        with pytest.raises(launch.Stopped, match="full: stopped after 4 of"):
-            extract.run(job)
-        assert store.open_for_writing(job.out)[1].sum() == blocks
+        left = 24 - 4 * (blocks - 1)
+        with pytest.raises(launch.Stopped, match=f"full: stopped after 4 of {left} im"):
+            extract.run(three)
+        for name in three.models:
+            assert maps(three.store(name))[1].sum() == blocks
     monkeypatch.delenv("KIT_STOP_AT")
-    for name in ("vectors.npy", "done.npy", "manifest.json"):
-        done = extract.run(job) / name
-        assert done.read_bytes() == (expected / name).read_bytes()
+    for ours, theirs in zip(extract.run(three), expected, strict=True):
+        assert contents(ours) == contents(theirs)
+
+
+def test_a_time_that_is_over_with_the_last_block_stops_nothing(job, monkeypatch):
+    monkeypatch.setenv("KIT_STOP_AT", "1")
+    assert len(extracted(job)) == 24
 
 
 def test_features_do_not_depend_on_batch_or_block_size(job, monkeypatch):
     found = []
     for block, batch in ((512, 5), (4, 5), (7, 2), (24, 24)):
-        monkeypatch.setattr(extract, "BLOCK", block)
-        out = job.out.with_name(f"{block}")
-        features = store.load(extract.run(replace(job, batch=batch, out=out)))
+        monkeypatch.setattr(fill, "BLOCK", block)
+        out = job.features.with_name(f"{block}")
+        features = extracted(replace(job, batch=batch, features=out))
         found.append(np.array(features.vectors, np.float32))
         assert features.manifest["block"] == block
     for vectors in found[1:]:
@@ -339,120 +690,265 @@ def test_features_do_not_depend_on_batch_or_block_size(job, monkeypatch):
 
 
 def test_other_weights_replace_the_features(job, tmp_path, net):
-    first = store.load(extract.run(job))
+    first = extracted(job)
     before = np.array(first.vectors)
     torch.manual_seed(5)
-    other = nets.save(nets.build(net.config), tmp_path / "clean", SEEN)
-    second = store.load(extract.run(replace(job, model=other)))
+    nets.save(nets.build(net.config), tmp_path / "clean", SEEN)
+    second = extracted(replace(job, runs=tmp_path))
     assert second.manifest["model"]["name"] == first.manifest["model"]["name"]
     assert second.manifest["model"]["hash"] != first.manifest["model"]["hash"]
     assert not np.allclose(second.vectors, before, atol=0.01)
 
 
-def test_finished_features_are_not_computed_again(job, monkeypatch):
+@pytest.mark.parametrize(
+    "views", [{"scales": (1.0, 0.5)}, {"size": 48}, {"flip": True}, {"normalise": True}]
+)
+def test_other_views_replace_the_features_and_the_same_ones_do_not(
+    job, monkeypatch, views
+):
     extract.run(job)
+    assert (
+        extracted(replace(job, views=Views(**views))).manifest.items()
+        >= {
+            name: list(value) if name == "scales" else value
+            for name, value in views.items()
+        }.items()
+    )
     monkeypatch.setattr(nets, "load", lambda *_: pytest.fail("the network was loaded"))
-    extract.run(job)
+    # a size that is named, and is the model's own
+    again = replace(job, views=Views(**{"size": 64} | views))
+    extract.run(again)
+
+
+def test_finished_features_are_not_computed_again(three, monkeypatch):
+    extract.run(three)
+    monkeypatch.setattr(nets, "load", lambda *_: pytest.fail("the network was loaded"))
+    extract.run(three)
 
 
 # Ranks
 
 
-def as_two_ranks(job, monkeypatch, slow):
-    """Runs the job as two ranks, threads here: the slow one starts when the other has nothing to do."""
+def as_ranks(job, monkeypatch, world, slow=-1):
+    """Runs the job as so many ranks, threads here: the slow one goes on when the others wait."""
     here, meeting, changed = (
         threading.local(),
-        threading.Barrier(2),
+        threading.Barrier(world),
         threading.Condition(),
     )
-    arrived = [0, 0]  # at how many barriers
+    arrived, given = [0] * world, [None] * world  # at how many meetings, and with what
 
     @contextmanager
     def group():
-        yield launch.Rank(here.rank, 2, here.rank, torch.device("cpu"))
+        yield launch.Rank(here.rank, world, here.rank, torch.device("cpu"))
 
     def arrive(count):
         with changed:
             arrived[here.rank] += count
             changed.notify_all()
 
-    def barrier():
+    def all_reduce(tensor, group):
+        assert group == "patient"
         arrive(1)
-        meeting.wait(30)
+        given[here.rank] = tensor.clone()
+        meeting.wait(60)
+        total = torch.stack(given).sum(0)
+        meeting.wait(60)
+        tensor.copy_(total)
         if here.rank == slow:
             with changed:
-                ahead = changed.wait_for(lambda: arrived[1 - slow] > arrived[slow], 30)
+                mine = arrived[slow]
+                others = [n for n in range(world) if n != slow]
+                ahead = changed.wait_for(
+                    lambda: all(arrived[n] > mine for n in others), 60
+                )
             assert ahead
 
     def run(number):
         here.rank = number
         try:
             extract.run(job)
+        except launch.Stopped:
+            raise
         except BaseException:
             meeting.abort()
             raise
         finally:
             arrive(1000)
 
-    monkeypatch.setattr(extract.launch, "group", group)
-    monkeypatch.setattr(extract.dist, "barrier", barrier)
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(run, number) for number in (0, 1)]:
-            done.result()
+    with monkeypatch.context() as patch, ThreadPoolExecutor(world) as pool:
+        patch.setattr(launch, "group", group)
+        patch.setattr(extract.dist, "new_group", lambda timeout: "patient")
+        patch.setattr(extract.dist, "all_reduce", all_reduce)
+        ran = [pool.submit(run, number) for number in range(world)]
+        return [done.exception() for done in ran]
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_a_rank_that_is_slow_leaves_no_block_out(job, small_blocks, monkeypatch, slow):
-    alone = store.load(extract.run(replace(job, out=job.out.with_name("alone"))))
-    as_two_ranks(job, monkeypatch, slow)
-    together = store.load(job.out)
-    assert together.ids.tolist() == alone.ids.tolist()
-    np.testing.assert_allclose(together.vectors, alone.vectors, atol=1e-3)
+def test_a_rank_that_is_slow_leaves_no_block_out(
+    three, small_blocks, monkeypatch, tmp_path, slow
+):
+    expected = extract.run(replace(three, features=tmp_path / "alone"))
+    assert as_ranks(three, monkeypatch, 2, slow) == [None, None]
+    for name, theirs in zip(three.models, expected, strict=True):
+        assert contents(three.store(name)) == contents(theirs)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_any_number_of_ranks_gives_the_same_bytes(
+    three, data, monkeypatch, tmp_path, world
+):
+    """8: two of them have nothing to do."""
+    monkeypatch.setattr(fill, "BLOCK", 4)
+    views = Views(template="SS", size=64, scales=(1.0, 0.5), multiple=32)
+    models = ("clean", "c2x")
+    job = replace(three, models=models, lists=data / "sized", views=views, batch=2)
+    expected = extract.run(replace(job, features=tmp_path / "alone"))
+    assert as_ranks(job, monkeypatch, world) == [None] * world
+    for name, theirs in zip(job.models, expected, strict=True):
+        assert contents(job.store(name)) == contents(theirs)
+
+
+def test_ranks_that_went_on_after_fewer_ranks_were_stopped_give_the_same_bytes(
+    three, small_blocks, monkeypatch, tmp_path
+):
+    expected = extract.run(replace(three, features=tmp_path / "alone"))
+    monkeypatch.setenv("KIT_STOP_AT", "1")
+    stopped = as_ranks(three, monkeypatch, 2)
+    assert [str(error) for error in stopped] == 2 * [
+        "full: stopped after 8 of 24 images, the time is over; run it again to go on"
+    ]
+    monkeypatch.delenv("KIT_STOP_AT")
+    assert maps(three.folder)[1].tolist() == [1, 1, 0, 0, 0, 0]
+    assert as_ranks(three, monkeypatch, 3) == [None] * 3
+    for name, theirs in zip(three.models, expected, strict=True):
+        assert contents(three.store(name)) == contents(theirs)
+
+
+def test_ranks_stop_together_even_those_that_have_finished(
+    job, small_blocks, monkeypatch
+):
+    main = {0: math.inf, 1: 0.0}
+    names: dict[int, int] = {}
+
+    def time_left():
+        return main[names[threading.get_ident()]]
+
+    real = fill.fill
+
+    def told(data, listed, models, rank, *rest):
+        names[threading.get_ident()] = rank.rank
+        return real(data, listed, models, rank, *rest)
+
+    monkeypatch.setattr(launch, "time_left", time_left)
+    monkeypatch.setattr(fill, "fill", told)
+    stopped = as_ranks(job, monkeypatch, 2)
+    assert [type(error) for error in stopped] == [launch.Stopped] * 2
+    assert maps(job.folder)[1].tolist() == [1, 1, 1, 0, 1, 0]
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_features_of_one(job, tmp_path):
-    alone = store.load(extract.run(replace(job, out=tmp_path / "alone")))
-    launch.launch(
-        "kit.features.extract", [str(job.write())], processes=2, logs=tmp_path / "logs"
-    )
-    together = store.load(job.out)
-    assert together.ids.tolist() == alone.ids.tolist()
-    assert together.manifest == alone.manifest
-    np.testing.assert_allclose(together.vectors, alone.vectors, atol=1e-3)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_give_the_bytes_of_one(three, data, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = pd.read_csv(data / "sized/full.csv", dtype=str, keep_default_na=False)
+    many = pd.concat([rows] * 55, ignore_index=True)  # three blocks
+    many["id"] = [f"{number:016x}" for number in range(len(many))]
+    relisted(data / "sized", tmp_path / "lists", many)
+    views = Views(template="SS", size=64)
+    models, where = ("clean", "c2x"), tmp_path / "lists"
+    job = replace(three, models=models, lists=where, views=views, batch=32)
+    expected = extract.run(replace(job, features=tmp_path / "alone"))
+    assert maps(expected[0])[1].tolist() == [1, 1, 1]
+    logs = tmp_path / "logs"
+    module, path = "kit.features.extract", str(job.write())
+    launch.launch(module, [path], processes=processes, logs=logs)
+    for name, theirs in zip(job.models, expected, strict=True):
+        assert contents(job.store(name)) == contents(theirs)
 
 
 # Jobs and refusals
 
 
-def test_a_job_survives_its_file(job):
-    job = replace(job, scales=(0.7, 1.0), flip=True, batch=3)
+def test_a_job_survives_its_file(three):
+    views = Views(320, "L2", (0.7, 1.0), 32, 128, True, True)
+    job = replace(three, views=views, batch=3)
     path = job.write()
-    assert path == job.out / "job.json"
+    assert path == job.features / "clean/full/job.json" == job.folder / "job.json"
     assert config.read(Job, path) == job
-    assert json.loads(path.read_text())["out"] == str(job.out)
+    assert json.loads(path.read_text())["features"] == str(job.features)
 
 
 def test_main_runs_the_job_of_a_file_and_tells_how_far_it_is(job, caplog):
     caplog.set_level(logging.INFO)
     extract.main([str(job.write())])
-    assert len(store.load(job.out)) == 24
+    assert len(store.load(job.folder)) == 24
     assert "full      24/24 images" in caplog.text
+    assert "waiting for data  0:00:00 left" in caplog.text
+    assert "clean, full: 3 images cannot be read" in caplog.text
 
 
-def test_a_folder_that_the_list_s_paths_do_not_start_from_is_refused(job, data):
-    wrong = replace(job, data=data / "photos")
+def test_the_log_tells_speed_waiting_and_the_time_left(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cpu = torch.device("cpu")
+    pace = fill._Pace("index", 40_000, launch.Rank(0, 8, 0, cpu))
+
+    def loaded():
+        for batch in range(3):
+            now[0] += 3
+            yield batch
+
+    batches = loaded()
+    for batch in range(3):
+        assert pace.wait(batches) == batch
+        now[0] += 1
+        pace.tell(100)
+    line = "index     300/40000 images in each of 8    25.0 images/s  75 % waiting for data"
+    assert caplog.messages == [f"{line}  0:26:28 left"]
+    other = fill._Pace("index", 1, launch.Rank(1, 8, 1, cpu))
+    other.tell(1)
+    assert len(caplog.messages) == 1
+
+
+def test_too_many_unreadable_images_are_refused_for_all_models_and_read_again(
+    three, small_blocks, tmp_path
+):
+    expected = extract.run(replace(three, features=tmp_path / "whole"))
+    job = replace(three, max_unreadable=0.1)
+    with pytest.raises(ValueError, match="list full: 3 of 24 images cannot be read"):
+        extract.run(job)
+    for name in job.models:
+        assert maps(job.store(name))[1].tolist() == [1, 0, 1, 1, 1, 0]
+        with pytest.raises(ValueError, match="has not finished"):
+            store.load(job.store(name))
+    for ours, theirs in zip(extract.run(three), expected, strict=True):
+        assert contents(ours) == contents(theirs)
+
+
+def test_a_folder_that_the_list_s_paths_do_not_start_from_is_refused(three, data):
+    wrong = replace(three, data=data / "photos")
     with pytest.raises(FileNotFoundError, match=r"photos/00\.jpg is not there"):
         extract.run(wrong)
-    assert not job.out.exists()
+    assert not three.features.exists()
 
 
-def test_a_missing_list_or_model_is_refused_and_leaves_nothing(job, tmp_path):
+def test_a_missing_list_or_model_is_refused_and_leaves_nothing(three):
     with pytest.raises(FileNotFoundError, match="no list nothing in .*00_image_lists"):
-        extract.run(replace(job, images="nothing"))
+        extract.run(replace(three, images="nothing"))
     with pytest.raises(FileNotFoundError, match="no model in .*02_train_stage"):
-        extract.run(replace(job, model=tmp_path / "nothing"))
-    assert not job.out.exists()
+        extract.run(replace(three, models=("clean", "nothing")))
+    assert not three.features.exists()
+
+
+def test_weights_that_give_no_number_are_named_with_the_image(job, net, tmp_path):
+    broken = nets.build(net.config)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    nets.save(broken, tmp_path / "broken", SEEN)
+    with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/00"):
+        extract.run(replace(job, runs=tmp_path, models=("broken",)))
 
 
 def test_the_untrained_model_is_the_backbone_without_a_neck(tmp_path):

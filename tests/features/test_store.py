@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,25 @@ def filled(folder: Path, ids=IDS, vectors=None, block: int = 4, about=ABOUT) -> 
     """A complete store of `vectors`, written block by block."""
     values = vectors_of(len(ids)) if vectors is None else vectors
     store.create(folder, ids, values.shape[1], block, about)
-    maps, done = store.open_for_writing(folder)
-    maps[:] = values
-    maps.flush()
-    done[:] = 1
-    done.flush()
+    write(folder, values)
     store.finish(folder)
     return folder
+
+
+def write(folder: Path, values: np.ndarray, *blocks: int) -> None:
+    """Some blocks of `values`, or all of them."""
+    writer = store.Writer(folder)
+    size = writer.block
+    for number in blocks or range(len(writer.done)):
+        writer.write(number, values[number * size : (number + 1) * size])
+
+
+def vectors_in(folder: Path) -> np.ndarray:
+    return np.load(folder / "vectors.npy")
+
+
+def marks_in(folder: Path) -> list[int]:
+    return np.load(folder / "done.npy").tolist()
 
 
 @pytest.fixture
@@ -89,21 +102,18 @@ def test_a_store_is_files_that_can_be_read_without_us(folder):
 )
 def test_a_new_store_is_zeros_and_no_block_of_it_is_done(folder, rows, block, blocks):
     done = store.create(folder, IDS[:rows], 3, block, ABOUT)
-    assert done.tolist() == [0] * blocks
-    vectors, marks = store.open_for_writing(folder)
+    assert done.tolist() == marks_in(folder) == [0] * blocks
+    vectors = vectors_in(folder)
     assert vectors.shape == (rows, 3) and not vectors.any()
-    assert not marks.any()
+    assert store.Writer(folder).done.tolist() == [0] * blocks
 
 
 def test_a_store_of_the_same_facts_goes_on_where_it_stopped(folder):
     store.create(folder, IDS, 3, 4, ABOUT)
-    vectors, done = store.open_for_writing(folder)
-    vectors[4:8] = vectors_of(4)
-    done[1] = 1
-    del vectors, done
+    write(folder, vectors_of(10), 1)
     assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 1, 0]
-    vectors, _ = store.open_for_writing(folder)
-    assert np.array_equal(vectors[4:8], vectors_of(4))
+    assert store.Writer(folder).done.tolist() == [0, 1, 0]
+    assert np.array_equal(vectors_in(folder)[4:8], vectors_of(10)[4:8])
 
 
 def test_a_finished_store_of_the_same_facts_stays_finished(folder):
@@ -131,7 +141,7 @@ def test_a_store_of_other_facts_is_replaced(folder, changed):
     how = {"ids": IDS, "dim": 3, "block": 4, "about": ABOUT} | changed
     done = store.create(folder, **how)
     assert not done.any()
-    vectors, _ = store.open_for_writing(folder)
+    vectors = vectors_in(folder)
     assert vectors.shape == (len(how["ids"]), how["dim"]) and not vectors.any()
     assert np.load(folder / "ids.npy").tolist() == how["ids"].tolist()
     with pytest.raises(ValueError, match="has not finished"):
@@ -142,7 +152,7 @@ def test_a_store_that_was_killed_while_it_was_prepared_is_begun_again(folder):
     filled(folder)
     (folder / "manifest.json").unlink()  # it is written last
     assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 0, 0]
-    assert not store.open_for_writing(folder)[0].any()
+    assert not vectors_in(folder).any()
 
 
 def test_the_disk_s_blocks_are_taken_before_anything_is_written(folder):
@@ -201,19 +211,80 @@ def test_a_disk_that_fills_up_later_is_found_out_before_the_manifest(
     assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [0, 0, 0]
 
 
+# Writing
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_block_is_its_own_bytes_and_no_other(folder, number):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    before = vectors_in(folder)
+    write(folder, vectors_of(10), number)
+    rows = slice(number * 4, number * 4 + 4)
+    assert np.array_equal(vectors_in(folder)[rows], vectors_of(10)[rows])
+    left = np.delete(vectors_in(folder), range(*rows.indices(10)), axis=0)
+    assert np.array_equal(left, np.delete(before, range(*rows.indices(10)), axis=0))
+    assert marks_in(folder) == [int(n == number) for n in range(3)]
+    write(folder, 2 * vectors_of(10), number)  # again
+    assert np.array_equal(vectors_in(folder)[rows], 2 * vectors_of(10)[rows])
+
+
+def test_several_writers_fill_a_store_together(folder):
+    store.create(folder, IDS, 3, 1, ABOUT)
+    writers = [store.Writer(folder) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for number in range(10):
+            row = vectors_of(10)[number : number + 1]
+            pool.submit(writers[number % 3].write, number, row)
+    store.finish(folder)
+    assert np.array_equal(store.load(folder).vectors, vectors_of(10))
+    assert [int(writer.done.sum()) for writer in writers] == [4, 3, 3]
+
+
+def test_a_block_is_marked_after_its_vectors_and_not_without(folder, monkeypatch):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    synced = []
+    real = os.fsync
+
+    def fsync(number):
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        synced.append((path.name, marks_in(folder)))
+        if len(synced) == 3:
+            raise OSError(5, "Input/output error")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(folder, vectors_of(10), 0)
+    with pytest.raises(OSError, match="Input/output"):
+        write(folder, vectors_of(10), 1)
+    assert synced == [
+        ("vectors.npy", [0, 0, 0]),
+        ("done.npy", [1, 0, 0]),
+        ("vectors.npy", [1, 0, 0]),
+    ]
+    assert marks_in(folder) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("number", "shape"), [(0, (3, 3)), (0, (4, 2)), (2, (4, 3)), (3, (1, 3))]
+)
+def test_what_is_no_whole_block_is_refused(folder, number, shape):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    with pytest.raises(ValueError, match=f"block {number} is .*, not "):
+        store.Writer(folder).write(number, np.ones(shape))
+    assert not vectors_in(folder).any() and marks_in(folder) == [0, 0, 0]
+
+
 # Finishing
 
 
 def test_a_store_with_a_missing_block_is_not_finished_and_not_loaded(folder):
     store.create(folder, IDS, 3, 4, ABOUT)
-    vectors, done = store.open_for_writing(folder)
-    vectors[:] = 1
-    done[:2] = 1
+    write(folder, vectors_of(10), 0, 1)
     with pytest.raises(RuntimeError, match="blocks are missing; run 03_extract"):
         store.finish(folder)
     with pytest.raises(ValueError, match="extraction has not finished; run 03_extract"):
         store.load(folder)
-    done[2] = 1
+    write(folder, vectors_of(10), 2)
     store.finish(folder)
     assert len(store.load(folder)) == 10
 
