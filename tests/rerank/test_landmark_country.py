@@ -9,10 +9,14 @@ from kit.rerank.landmark_country import (
     Tags,
     Votes,
     Weights,
+    addends,
     agreement,
     bonus,
+    class_means,
+    gate,
     vote,
 )
+from tests.rerank.published import matrix
 
 
 def vote_by_hand(scores, labels):
@@ -221,3 +225,87 @@ def test_tags_of_a_part_give_that_part_of_the_bonus(tags):
         for index in (slice(0, 3), slice(3, 4), slice(1, 3)):
             part = bonus(tags.of(queries, index), PUBLISHED)
             assert torch.equal(part, whole[queries, index])
+
+
+# addends
+
+
+@pytest.mark.parametrize("weights", [PUBLISHED, Weights(0.2, 0.5), NONE])
+def test_addends_are_the_bonus_without_its_matrix(tags, neighbours, weights):
+    found = matrix(addends(tags, weights), 2, 4)
+    torch.testing.assert_close(found.float(), bonus(tags, weights))
+    scores, labels = neighbours
+    index = torch.arange(-1, 6).repeat(3)
+    many = Tags(
+        vote(scores, labels), vote(scores, labels.flip(1)), index, index.flip(0)
+    )
+    found = matrix(addends(many, weights), 200, 21)
+    torch.testing.assert_close(found.float(), bonus(many, weights))
+
+
+def test_members_are_only_images_of_voted_landmarks(tags):
+    starts, rows, _ = addends(tags, PUBLISHED).members
+    assert starts.tolist() == [0, 2, 3] and rows.tolist() == [0, 1, 2]
+
+
+def test_an_index_without_labels_gets_nothing(tags):
+    nobody = torch.full((4,), -1)
+    none = Tags(tags.query_landmark, tags.query_country, nobody, nobody)
+    assert not matrix(addends(none, PUBLISHED), 2, 4).any()
+
+
+# gate
+
+
+def test_a_vote_below_the_confidence_leaves_the_list_alone(tags):
+    votes = Votes(
+        torch.tensor([[4, 2, 9], [4, 2, 9], [4, 2, 9]]),
+        torch.tensor([[0.6, 0.4, 0.0], [0.4, 0.3, 0.3], [0.5, 0.5, 0.0]]),
+    )
+    gated = gate(votes, 0.5)
+    assert torch.equal(gated.labels, votes.labels)
+    assert torch.equal(gated.weights[[0, 2]], votes.weights[[0, 2]])
+    assert not gated.weights[1].any()
+    assert not agreement(gated, torch.tensor([4, 2, 9]))[1].any()
+    starts = addends(
+        Tags(gated, gated, torch.tensor([4]), torch.tensor([0])), PUBLISHED
+    )
+    assert starts.members.starts.tolist() == [0, 1, 1, 2]
+
+
+def test_confidence_may_be_anything():
+    votes = Votes(torch.tensor([[4], [5]]), torch.tensor([[1.0], [1.0]]))
+    gated = gate(votes, 0.7, confidence=torch.tensor([0.69, 0.7]))
+    assert gated.weights.tolist() == [[0], [1]]
+    assert votes.weights.tolist() == [[1], [1]]
+    assert gate(votes, 0.0).weights.tolist() == [[1], [1]]
+
+
+# class means
+
+
+def test_class_means_match_their_definition():
+    random = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(
+        torch.randn(90, 8, generator=random), dim=1
+    )
+    labels = torch.randint(-1, 40, (90,), generator=random) * 7
+    labels[labels < 0] = -1
+    for size in (90, 7, 1):
+        means, names = class_means(features.half().split(size), labels)
+        assert names.tolist() == sorted(set(labels.tolist()) - {-1})
+        for mean, name in zip(means, names, strict=True):
+            expected = features.half()[labels == name].double().mean(0)
+            torch.testing.assert_close(mean.double(), expected / expected.norm())
+
+
+def test_a_class_that_cancels_out_has_no_direction():
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    means, names = class_means([features], torch.tensor([3, 3]))
+    assert means.tolist() == [[0, 0]] and names.tolist() == [3]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_class_means_need_a_label_for_every_row(rows):
+    with pytest.raises(ValueError, match=f"features of {rows} rows, labels of 2"):
+        class_means([torch.ones(rows, 2)], torch.tensor([1, 1]))
