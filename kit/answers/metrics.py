@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,9 @@ class Score:
 
     public: float
     private: float
-    queries: pd.DataFrame  # id, usage, positives, ap: one row a query with an answer
+    # id, usage, positives, landmark, ap: one row a query with an answer; queries of one
+    # landmark have the same positives
+    queries: pd.DataFrame
 
     def __str__(self) -> str:
         return f"private mAP@100 {self.private:.4f}  public mAP@100 {self.public:.4f}"
@@ -70,12 +73,47 @@ def evaluate(
     once[np.unique(keys, return_index=True)[1]] = True
     positives = asked["images"].str.split().str.len().to_numpy()
     ap = average_precision((hits & once).reshape(len(asked), k), positives)
-    queries = asked[["id", "usage"]].assign(positives=positives, ap=ap)
+    landmark = pd.factorize(asked["images"])[0]
+    queries = asked[["id", "usage"]].assign(
+        positives=positives, landmark=landmark, ap=ap
+    )
     public, private = (
         float(queries.loc[queries["usage"] == half, "ap"].mean())
         for half in ("Public", "Private")
     )
     return Score(public, private, queries)
+
+
+class Gain(NamedTuple):
+    """How much mAP one ranking has above another, and where 95 % of redrawn queries put it."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def gain(
+    before: Score,
+    after: Score,
+    half: str = "Private",
+    draws: int = 2_000,
+    seed: int = 0,
+) -> Gain:
+    """Paired bootstrap (Efron and Tibshirani, 1993) over landmarks, which are redrawn whole."""
+    if not before.queries["id"].equals(after.queries["id"]):
+        raise ValueError("a gain needs two scores of the same queries")
+    chosen = (after.queries["usage"] == half).to_numpy()
+    if not chosen.any():
+        raise ValueError(f"no query is of the half {half}")
+    gains = (after.queries["ap"] - before.queries["ap"]).to_numpy()[chosen]
+    owner = np.unique(after.queries["landmark"][chosen], return_inverse=True)[1]
+    sums, counts = np.bincount(owner, gains), np.bincount(owner)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    return Gain(float(gains.mean()), *np.quantile(means, [0.025, 0.975]).tolist())
 
 
 def evaluate_file(path: Path, solution: Path) -> Score:

@@ -1,76 +1,111 @@
-"""Features -> ranking: tags from labelled references, scores of all models, top k in blocks.
+"""Features and a chain -> a ranking of index ids for every query.
 
 Nothing of the size queries x index is ever held.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from kit.answers.pictures import Pictures
+from kit.answers.reranking import rank
+from kit.answers.scene import Model, Scene, Voters
 from kit.data import lists
-from kit.features import search, store
+from kit.features import store
 from kit.features.store import Features
-from kit.rerank.landmark_country import NONE, Tags, Weights, bonus, vote
+from kit.features.views import Views
+from kit.rerank.chain import Chain
 
-QUERIES, INDEX = 256, 16_384  # ranked at a time: about 190 MB with what top needs
-
-
-@dataclass(frozen=True)
-class Part:
-    """One model's say in a ranking."""
-
-    query: Features
-    index: Features
-    weight: float = 1.0  # of its scores in the sum over models
-    tags: Tags | None = None
-    rerank: Weights = NONE
+# what extraction makes of an image; features that differ in it are not compared
+VIEWS = tuple(each.name for each in fields(Views))
 
 
-def part(
+class Scenes:
+    """Features in `folder`/<model>/<list>, loaded once, and the scenes that chains work on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        query: lists.ImageList,
+        index: lists.ImageList,
+        reference: lists.ImageList | None = None,  # whose labelled images vote
+        data: Path | None = None,  # the images, for steps that verify
+    ) -> None:
+        self.folder, self.query, self.index = folder, query, index
+        self.reference = reference
+        both = {"query": query, "index": index}
+        self.pictures = data and Pictures(data, folder / "local", both)
+        self._scenes: dict[tuple[str, ...], Scene] = {}
+        self._models: dict[str, Model] = {}
+
+    def of(self, models: Mapping[str, float]) -> Scene:
+        """The scene of some models; it knows what was searched before with equal weights.
+
+        Refuses features of another version of a list, and of different weights or views.
+        """
+        weights = tuple(map(float, models.values()))
+        key = (*models, *map(str, weights))
+        if key not in self._scenes:
+            found = tuple(map(self._model, models))
+            _refuse_other_images(found)
+            there = all(model.reference is not None for model in found)
+            voters = _voters(found, self.reference) if there else None
+            self._scenes[key] = Scene(found, weights, voters, self.pictures)
+        return self._scenes[key]
+
+    def answers(self, chain: Chain) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the queries (Q,) and of their ranked index images (Q, k), best first.
+
+        Empty text stands where the index ran out of images that can be read.
+        """
+        scene = self.of(chain.models)
+        scores, rows = rank(scene, chain)
+        first = scene.models[0]
+        there = (torch.isfinite(scores) & (rows >= 0)).numpy()
+        return first.query.ids, np.where(there, first.index.ids[rows.numpy()], "")
+
+    def seen(self, models: Iterable[str]) -> dict[str, str]:
+        """hash -> name of every list that the models met or that votes."""
+        voting = self.reference
+        met = {} if voting is None else {voting.hash: voting.name}
+        for model in models:
+            met |= self._model(model).query.manifest["seen"]
+        return met
+
+    def _model(self, name: str) -> Model:
+        if name not in self._models:
+            lists = self.query, self.index, self.reference
+            self._models[name] = _model(self.folder / name, *lists)
+        return self._models[name]
+
+
+def _model(
     folder: Path,
     query: lists.ImageList,
     index: lists.ImageList,
-    reference: lists.ImageList | None = None,
-    votes: int = 3,
-) -> Part:
-    """One model's features in `folder`, tagged by the reference list's images if there is one.
-
-    Refuses features of another version of a list, and of different models.
-    """
-    query_features = store.load(folder / query.name)
-    model = query_features.manifest["model"]["hash"]
-    store.expect(query_features, list_hash=query.hash)
-    index_features = store.load(folder / index.name)
-    store.expect(index_features, list_hash=index.hash, model_hash=model)
-    _refuse_other_views(query_features, index_features)
-    if reference is None:
-        return Part(query_features, index_features)
-    references = store.load(folder / reference.name)
-    store.expect(references, list_hash=reference.hash, model_hash=model)
-    _refuse_other_views(query_features, references)
-    voters = reference.rows["label"].to_numpy() >= 0
-    rows = references.find(reference.ids)
-    voters &= references.readable()[rows]
-    if not voters.any():
-        raise ValueError(f"list {reference.name} has no labelled image that could vote")
-    tags = tag(
-        query_features,
-        index_features,
-        references,
-        rows[voters],
-        reference.labels[voters],
-        reference.countries[voters],
-        votes,
-    )
-    return Part(query_features, index_features, tags=tags)
+    reference: lists.ImageList | None,
+) -> Model:
+    first = store.load(folder / query.name)
+    weights = first.manifest["model"]["hash"]
+    store.expect(first, list_hash=query.hash)
+    others = []
+    if reference is not None and not (folder / reference.name).exists():
+        reference = None  # such as of a model that is only searched with
+    for images in (index, reference):
+        if images is None:
+            continue
+        features = store.load(folder / images.name)
+        store.expect(features, list_hash=images.hash, model_hash=weights)
+        _refuse_other_views(first, features)
+        others.append(features)
+    return Model(first, *others)
 
 
 def _refuse_other_views(ours: Features, theirs: Features) -> None:
-    for name in ("scales", "flip"):
+    for name in VIEWS:
         if ours.manifest.get(name) != theirs.manifest.get(name):
             raise ValueError(
                 f"features of {ours.manifest['list']['name']} and "
@@ -78,96 +113,28 @@ def _refuse_other_views(ours: Features, theirs: Features) -> None:
             )
 
 
-def tag(
-    query: Features,
-    index: Features,
-    reference: Features,
-    rows: np.ndarray,
-    landmarks: np.ndarray,
-    countries: np.ndarray,
-    votes: int = 3,
-) -> Tags:
-    """Tags by nearest references: `votes` of them for a query, the nearest one for an index image.
-
-    rows: (R,) rows of `reference` that vote, one a (reference image, landmark) pair; landmarks and
-    countries: (R,) their integer tags, -1 for none.
-    """
-    landmark, country = torch.tensor(landmarks), torch.tensor(countries)
-    near = [
-        search.knn(block, reference.blocks(rows), votes)
-        for block in query.blocks(size=QUERIES)
-    ]
-    scores, at = (torch.cat(found) for found in zip(*near, strict=True))
-    nearest = torch.cat(
-        [
-            search.knn(block, reference.blocks(rows), 1)[1][:, 0]
-            for block in index.blocks(size=INDEX)
-        ]
-    )
-    return Tags(
-        vote(scores, landmark[at]),
-        vote(scores, country[at]),
-        landmark[nearest],
-        country[nearest],
-    )
-
-
-def rank(parts: Sequence[Part], k: int = 100) -> tuple[Tensor, Tensor]:
-    """Scores (Q, k) and index rows (Q, k), best first, by the weighted sum of all parts' scores.
-
-    Ties go to the lower row. Index images that could not be read come last, with score -inf.
-    """
-    first = parts[0]
-    for part in parts[1:]:
-        for ours, theirs in ((first.query, part.query), (first.index, part.index)):
+def _refuse_other_images(models: Sequence[Model]) -> None:
+    first = models[0]
+    for other in models[1:]:
+        for ours, theirs in ((first.query, other.query), (first.index, other.index)):
             if not np.array_equal(ours.ids, theirs.ids):
                 raise ValueError(
-                    f"models {ours.manifest['model']['name']} and "
-                    f"{theirs.manifest['model']['name']} have features of different images"
+                    f"models {first.name} and {other.name} have features of different "
+                    "images"
                 )
-    readable = [part.index.readable() for part in parts]
-    unreadable = torch.from_numpy(~np.logical_and.reduce(readable))
-    scores, rows = [], []
-    for start in range(0, len(first.query), QUERIES):
-        queries = slice(start, min(start + QUERIES, len(first.query)))
-        best = torch.empty(queries.stop - start, 0)
-        at = torch.empty(queries.stop - start, 0, dtype=torch.long)
-        for low in range(0, len(first.index), INDEX):
-            columns = slice(low, min(low + INDEX, len(first.index)))
-            block = sum(part.weight * _score(part, queries, columns) for part in parts)
-            block[:, unreadable[columns]] = -torch.inf
-            here = torch.arange(low, columns.stop).expand(len(block), -1)
-            best, kept = search.top(torch.cat([best, block], dim=1), k)
-            at = torch.cat([at, here], dim=1).gather(1, kept)
-        scores.append(best)
-        rows.append(at)
-    return torch.cat(scores), torch.cat(rows)
 
 
-def _score(part: Part, queries: slice, columns: slice) -> Tensor:
-    query, index = (
-        torch.from_numpy(np.array(features.vectors[rows])).float()
-        for features, rows in ((part.query, queries), (part.index, columns))
+def _voters(models: Sequence[Model], reference: lists.ImageList) -> Voters:
+    """One entry a (readable reference image, landmark) pair."""
+    voting = reference.rows["label"].to_numpy() >= 0
+    for model in models:
+        features = model.of("reference")
+        rows = features.find(reference.ids)
+        voting &= features.readable()[rows]
+    if not voting.any():
+        raise ValueError(f"list {reference.name} has no labelled image that could vote")
+    return Voters(
+        rows[voting],
+        torch.tensor(reference.labels[voting]),
+        torch.tensor(reference.countries[voting]),
     )
-    cosines = query @ index.T
-    if part.tags is None:
-        return cosines
-    return cosines + bonus(part.tags.of(queries, columns), part.rerank)
-
-
-def answers(parts: Sequence[Part], k: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the queries (Q,) and of their ranked index images (Q, k), best first.
-
-    Empty text stands where the index ran out of images that can be read.
-    """
-    scores, rows = rank(parts, k)
-    ids = parts[0].index.ids[rows.numpy()]
-    return parts[0].query.ids, np.where(torch.isfinite(scores).numpy(), ids, "")
-
-
-def seen(parts: Iterable[Part], reference: lists.ImageList) -> dict[str, str]:
-    """hash -> name of every list that the models met or that votes."""
-    met = {reference.hash: reference.name}
-    for each in parts:
-        met |= each.query.manifest["seen"]
-    return met

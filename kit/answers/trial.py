@@ -14,6 +14,7 @@ from kit.answers import metrics, retrieval
 from kit.data import lists, sources
 from kit.features import extract
 from kit.nodes.agent import end_with
+from kit.rerank.chain import Chain
 from kit.training.job import Job, Stage, change
 
 KEEP = ("best", "all", "none")
@@ -69,20 +70,22 @@ def score(trial: Trial, seed: int) -> tuple[float, float]:
     _launch("kit.training.stage", job.write(), trial.processes)
     for name in (search.query, search.index):
         looks = extract.Job(
-            model=job.folder,
+            runs=runs,
+            models=(job.stage.name,),
             lists=job.lists,
             images=name,
             data=job.data,
-            out=runs / "features" / name,
+            features=runs / "features",
             batch=search.batch,
             workers=job.workers,
         )
         _launch("kit.features.extract", looks.write(), trial.processes)
     names = (search.query, search.index)
     query, index = (lists.load(job.lists, name, ("id",)) for name in names)
-    part = retrieval.part(runs / "features", query, index)
+    scenes = retrieval.Scenes(runs / "features", query, index)
+    chain = Chain({job.stage.name: 1.0})
     solution = sources.read_solution(job.lists / "solution.csv")
-    found = metrics.evaluate(*retrieval.answers([part]), solution)
+    found = metrics.evaluate(*scenes.answers(chain), solution)
     return found.public, found.private
 
 

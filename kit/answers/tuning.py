@@ -1,27 +1,104 @@
-"""Weights of rerank and fusion, chosen by what a score says of each choice."""
+"""Parameters of a chain's steps and weights of its models, chosen by what a score says of each.
 
-from collections.abc import Callable, Sequence
+A score is of the half that may be chosen by, never of the one that is reported.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from kit.answers.retrieval import Part
-from kit.rerank.landmark_country import Weights
+from kit import config
+from kit.rerank.chain import Chain
+from kit.rerank.steps import STEPS, Step
 
-Score = Callable[
-    [Sequence[Part]], float
-]  # larger is better; never of the reported half
+Score = Callable[[Chain], float]  # larger is better
+Axis = tuple[float, float] | tuple[int, int]  # low, high; whole numbers stay whole
+
+# what is worth searching, by step and field; the other fields stay as they are
+SPACES: Mapping[str, Mapping[str, Axis]] = {
+    "whitening": {"ridge": (1e-3, 1.0)},
+    "dba": {"neighbours": (2, 12)},
+    "alpha_qe": {"neighbours": (1, 12), "alpha": (0.0, 6.0)},
+    "smoothing": {"neighbours": (2, 10), "beta": (0.05, 0.5), "iterations": (1, 3)},
+    "verified_qe": {"most": (1, 8), "inliers": (15, 90)},
+    "landmark_country": {
+        "landmark": (0.0, 1.0),
+        "country": (0.0, 0.2),
+        "votes": (1, 10),
+        "confidence": (0.0, 0.8),
+    },
+    "soft_labels": {"weight": (0.0, 1.0), "votes": (1, 10), "confidence": (0.0, 0.8)},
+    "same_label": {"same": (0.0, 1.0), "other": (0.0, 0.2), "votes": (1, 10)},
+    "sort_insert": {"votes": (1, 10), "above": (0.2, 1.8), "at_least": (0.0, 0.9)},
+    "category_expansion": {"votes": (1, 5), "above": (0.3, 0.9)},
+    "k_reciprocal": {"k1": (5, 40), "k2": (1, 10), "share": (0.1, 0.9)},
+    "diffusion": {"kd": (5, 50), "kq": (1, 20), "gamma": (1.0, 5.0)},
+    "refine": {"neighbours": (1, 20), "beta": (0.0, 1.0)},
+    "local": {"top": (5, 50), "weight": (0.0, 1.0), "most": (20, 150)},
+}
 
 
-def rerank_weights(part: Part, grid: Sequence[Weights], score: Score) -> Weights:
-    """The weights of `grid` under which one model scores best; of equals the first."""
-    return max(grid, key=lambda weights: score([replace(part, rerank=weights)]))
+def tuned(chain: Chain, step: Step, score: Score, trials: int, seed: int = 0) -> Step:
+    """`step` with the fields under which the chain that it ends scores best.
+
+    The step as it is given is the first trial and wins ties; the others are Optuna's TPE. Further
+    trials only add to earlier ones.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = SPACES.get(step.name, {})
+    if not space or trials < 2:
+        return step
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8),
+    )
+    near = {  # the step itself may lie outside of the space
+        name: min(max(getattr(step, name), low), high)
+        for name, (low, high) in space.items()
+    }
+    study.enqueue_trial(near)
+
+    def objective(trial: optuna.Trial) -> float:
+        return score(with_step(chain, _suggested(trial, step, space)))
+
+    study.optimize(objective, n_trials=trials)
+    found = _suggested(optuna.trial.FixedTrial(study.best_params), step, space)
+    published = score(with_step(chain, step))
+    return found if study.best_value > published else step
 
 
-def fusion(parts: Sequence[Part], weights: Sequence[float], score: Score) -> list[Part]:
-    """The first model and, one after the other, those that improve it, with their weights."""
-    chosen = [parts[0]]
-    for part in parts[1:]:
-        trials = [[*chosen, replace(part, weight=weight)] for weight in weights]
-        best = max(trials, key=score, default=chosen)
-        if score(best) > score(chosen):
-            chosen = best
-    return chosen
+def with_step(chain: Chain, step: Step) -> Chain:
+    """The chain with one more step, at the end of its kind."""
+    steps = [*chain.steps, step]
+    kinds = list(dict.fromkeys(each.kind for each in STEPS.values()))
+    return replace(chain, steps=tuple(sorted(steps, key=lambda s: kinds.index(s.kind))))
+
+
+def fused(
+    chain: Chain, models: Sequence[str], weights: Sequence[float], score: Score
+) -> Chain:
+    """The chain and, one after the other, those of `models` that improve it, with their weights."""
+    best, value = chain, score(chain)
+    for model in models:
+        before = best
+        for weight in weights:
+            trial = replace(before, models={**before.models, model: weight})
+            reached = score(trial)
+            if reached > value:
+                best, value = trial, reached
+    return best
+
+
+def _suggested(trial: Any, step: Step, space: Mapping[str, Axis]) -> Step:
+    """Three digits after the point are more than any half of the queries can tell."""
+    chosen = {
+        name: (
+            trial.suggest_int(name, *axis)
+            if isinstance(axis[0], int)
+            else round(trial.suggest_float(name, *axis), 3)
+        )
+        for name, axis in space.items()
+    }
+    return config.change(step, **chosen)

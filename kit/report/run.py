@@ -31,6 +31,7 @@ def write(
 ) -> Path:
     """One self-contained HTML page; everything on it was computed before."""
     names, public, private, _ = zip(*gains, strict=True)
+    last = max(at for at, name in enumerate(names) if not name.startswith("("))
     counts = lists.describe(lists_folder)
     worst = score.queries.sort_values(["ap", "id"], kind="stable")
     sections = [
@@ -39,7 +40,7 @@ def write(
             "mAP@100 after each step. Weights were chosen on the public half; the private half "
             "only reports. Steps in brackets are for comparison and lead nowhere.",
             gain_chart(names, public, private)
-            + table(("step", "public", "private", "note"), gains, [len(gains) - 2]),
+            + table(("step", "public", "private", "note"), gains, [last]),
         ),
         Section(
             "Training",

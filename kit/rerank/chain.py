@@ -1,43 +1,105 @@
-"""chain.json: which models answer, with what weight, and how their scores are reranked."""
+"""chain.json: which models answer, and the named steps that rerank what they find.
+
+{"models": {"c2x": 1.0, "clean": 0.5}, "fusion": "scores", "k": 100,
+ "steps": [{"step": "alpha_qe", "neighbours": 10}, {"step": "landmark_country", "landmark": 0.2}]}
+
+A step is of one of three kinds, and a chain has them in this order:
+
+    features     vectors -> vectors, of each model
+    bonus        tags -> what is added to the scores, inside the search
+    ranking      rows and scores of a shortlist -> the same, in a better order
+"""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from kit import files
-from kit.rerank.landmark_country import PUBLISHED, Weights
+from kit.rerank import steps
+from kit.rerank.steps import Step
+
+KINDS = (steps.FEATURES, steps.BONUS, steps.RANKING)
+FUSIONS = ("scores", "tags", "ranks")
 
 
 @dataclass(frozen=True)
 class Chain:
     """What a tuning notebook decides and a submission follows."""
 
-    models: dict[str, float]  # folder of features -> weight of its scores in the sum
-    votes: int = 3  # references that vote for a query's landmark and country
-    weights: Weights = PUBLISHED
+    models: Mapping[str, float]  # folder of features -> weight of its scores in the sum
+    steps: tuple[Step, ...] = ()
+    # scores: each model's scores and its own tags' bonus are summed (2021, before fusion)
+    # tags: scores are summed, and the sum finds the tags (2021, after fusion)
+    # ranks: each model's ranking counts by its places (reciprocal rank fusion)
+    fusion: str = "scores"
+    k: int = 100  # places of a ranking
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("a chain needs at least one model")
-        if self.votes < 1:
-            raise ValueError(f"votes is {self.votes}; at least one reference must vote")
-        given = [*self.models.values(), self.weights.landmark, self.weights.country]
-        wrong = [weight for weight in given if not 0 <= weight < math.inf]
-        if wrong:
+        for model, weight in self.models.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"the weight of model {model} is {weight}; weights are not negative"
+                )
+        if self.fusion not in FUSIONS:
+            listed = ", ".join(FUSIONS)
+            raise ValueError(f"fusion {self.fusion!r} is not one of {listed}")
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}; a ranking has at least one place")
+        refuse_order(self.steps)
+
+    def __str__(self) -> str:
+        models = ", ".join(f"{name} {weight:g}" for name, weight in self.models.items())
+        return "; ".join([models, *map(str, self.steps)])
+
+    def of(self, kind: str) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.kind == kind)
+
+
+def refuse_order(chosen: Sequence[Step]) -> None:
+    """Features first, then bonuses, then rankings; within a kind any order."""
+    for before, after in pairwise(chosen):
+        if KINDS.index(before.kind) > KINDS.index(after.kind):
             raise ValueError(
-                f"a weight of the chain is {wrong[0]}; weights are not negative"
+                f"step {after.name} ({after.kind}) comes after {before.name} "
+                f"({before.kind}); the order is {', '.join(KINDS)}"
             )
 
 
 def save(chain: Chain, path: Path) -> Path:
-    return files.write_json(path, asdict(chain))
+    return files.write_json(
+        path,
+        {
+            "models": dict(chain.models),
+            "fusion": chain.fusion,
+            "k": chain.k,
+            "steps": [step.to_dict() for step in chain.steps],
+        },
+    )
 
 
 def load(path: Path) -> Chain:
     if not path.exists():
         raise FileNotFoundError(f"no chain {path}; run 04_tune_rerank first")
-    values = files.read_json(path)
     try:
-        return Chain(**{**values, "weights": Weights(**values["weights"])})
-    except (TypeError, KeyError) as error:
+        return build(files.read_json(path))
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a chain ({error})") from None
+
+
+def build(values: Mapping[str, Any]) -> Chain:
+    """The chain that JSON holds."""
+    known = [each.name for each in fields(Chain)]
+    if not isinstance(values, Mapping) or "models" not in values:
+        raise ValueError(
+            f"it has fields {', '.join(known)}, of which models must be there"
+        )
+    for name in values:
+        if name not in known:
+            raise ValueError(f"no field {name!r}; fields: {', '.join(known)}")
+    built = tuple(steps.build(each) for each in values.get("steps", ()))
+    return Chain(**{**values, "steps": built})

@@ -394,3 +394,79 @@ def test_gains_without_a_column_are_refused(tmp_path):
     files.write_text(tmp_path / "gains.csv", "step,public\na,1\n")
     with pytest.raises(ValueError, match="no column private, note"):
         read_gains(tmp_path / "gains.csv")
+
+
+# How sure a gain is
+
+
+def scored(ap, landmarks, usage):
+    """A score of queries that were not ranked."""
+    queries = pd.DataFrame(
+        {
+            "id": [f"q{n}" for n in range(len(ap))],
+            "usage": usage,
+            "positives": 1,
+            "landmark": landmarks,
+            "ap": ap,
+        }
+    )
+    return Score(0.0, 0.0, queries)
+
+
+def test_a_gain_is_the_mean_and_its_interval_that_of_redrawn_landmarks():
+    random = np.random.default_rng(0)
+    landmarks = random.integers(0, 12, 80)
+    usage = np.where(random.random(80) < 0.3, "Public", "Private")
+    before, after = random.random(80), random.random(80)
+    found = metrics.gain(
+        scored(before, landmarks, usage), scored(after, landmarks, usage), draws=300
+    )
+    private = usage == "Private"
+    owners = sorted(set(landmarks[private]))
+    means = []
+    drawn = np.random.default_rng(0).integers(len(owners), size=(300, len(owners)))
+    for row in drawn:
+        some = []
+        for place in row:
+            of_it = private & (landmarks == owners[place])
+            some += (after - before)[of_it].tolist()
+        means.append(sum(some) / len(some))
+    assert found.mean == pytest.approx((after - before)[private].mean())
+    assert found.low == pytest.approx(np.quantile(means, 0.025))
+    assert found.high == pytest.approx(np.quantile(means, 0.975))
+    assert found.low < found.mean < found.high
+
+
+def test_queries_of_one_landmark_are_no_more_sure_than_one():
+    gains = np.repeat([0.5, -0.5], 40)
+    usage, zero = ["Private"] * 80, np.zeros(80)
+    by_landmark, by_query = (
+        metrics.gain(scored(zero, owners, usage), scored(gains, owners, usage))
+        for owners in (np.repeat([0, 1], 40), np.arange(80))
+    )
+    assert (by_landmark.low, by_landmark.high) == (-0.5, 0.5)
+    assert by_query.high < 0.15
+    assert str(by_landmark) == "+0.0000 [-0.5000, +0.5000]"
+
+
+def test_gains_of_different_queries_or_of_none_are_refused():
+    one = scored(np.zeros(3), np.arange(3), ["Private"] * 3)
+    with pytest.raises(ValueError, match="two scores of the same queries"):
+        metrics.gain(one, scored(np.zeros(2), np.arange(2), ["Private"] * 2))
+    with pytest.raises(ValueError, match="no query is of the half Public"):
+        metrics.gain(one, one, "Public")
+
+
+def test_queries_with_the_same_positives_are_of_one_landmark():
+    solution = pd.DataFrame(
+        {
+            "id": ["a", "b", "c", "d"],
+            "images": ["x y", "z", "x y", "y"],
+            "usage": ["Private", "Public", "Ignored", "Private"],
+        }
+    )
+    found = evaluate(["a", "b", "c", "d"], np.full((4, 1), "x"), solution)
+    assert found.queries["landmark"].tolist() == [0, 1, 2]
+    solution["images"] = ["x y", "z", "x y", "x y"]
+    found = evaluate(["a", "b", "c", "d"], np.full((4, 1), "x"), solution)
+    assert found.queries["landmark"].tolist() == [0, 1, 0]

@@ -1,27 +1,58 @@
+import pytest
+
 from kit.answers import tuning
-from kit.answers.retrieval import Part
-from kit.rerank.landmark_country import Weights
+from kit.rerank import steps
+from kit.rerank.chain import Chain
+
+BASE = Chain({"a": 1.0})
 
 
-def part(name: str) -> Part:
-    return Part(query=name, index=name)
-
-
-def worth(chosen) -> float:
+def worth(chain: Chain) -> float:
     """A made-up score: b at weight 0.5 helps a, c never does."""
     gains = {("b", 0.5): 0.2, ("b", 1.0): 0.1, ("c", 0.5): -0.1, ("c", 1.0): 0.0}
-    return sum(gains.get((each.query, each.weight), 0) for each in chosen[1:])
+    return sum(gains.get(pair, 0) for pair in chain.models.items())
 
 
 def test_a_model_joins_at_its_best_weight_and_only_if_it_helps():
-    chosen = tuning.fusion([part("a"), part("b"), part("c")], [0.5, 1.0], worth)
-    assert [(each.query, each.weight) for each in chosen] == [("a", 1.0), ("b", 0.5)]
-    assert tuning.fusion([part("a"), part("b")], [], worth) == [part("a")]
+    fused = tuning.fused(BASE, ["b", "c"], [0.5, 1.0], worth)
+    assert dict(fused.models) == {"a": 1.0, "b": 0.5}
+    assert tuning.fused(BASE, ["b"], [], worth) == BASE
 
 
-def test_the_best_weights_of_the_grid_are_chosen_and_of_equals_the_first():
-    grid = [Weights(0.0, 0.0), Weights(0.2, 0.0), Weights(0.2, 0.1), Weights(1.0, 0.0)]
-    best = tuning.rerank_weights(
-        part("a"), grid, lambda chosen: -abs(chosen[0].rerank.landmark - 0.2)
-    )
-    assert best == grid[1]
+def near(chain: Chain) -> float:
+    step = chain.steps[-1]
+    return -abs(step.landmark - 0.3) - abs(step.country - 0.05)
+
+
+def test_tuned_fields_score_better_than_published_ones_and_repeat():
+    published = steps.LandmarkCountry()
+    found = tuning.tuned(BASE, published, near, trials=60)
+    assert near(tuning.with_step(BASE, found)) > near(tuning.with_step(BASE, published))
+    assert abs(found.landmark - 0.3) < 0.15
+    assert found == tuning.tuned(BASE, published, near, trials=60)
+
+
+def test_a_step_that_nothing_improves_stays_as_it_is():
+    published = steps.AlphaQe(alpha=100.0)  # outside of the space
+    assert tuning.tuned(BASE, published, lambda chain: 0.5, 20) is published
+    assert tuning.tuned(BASE, published, lambda chain: 0.5, 0) is published
+    unknown = steps.Category()  # nothing of it is searched
+    assert tuning.tuned(BASE, unknown, lambda chain: 0.5, 20) is unknown
+
+
+def test_a_step_joins_at_the_end_of_its_kind():
+    chain = tuning.with_step(BASE, steps.SortInsert())
+    for step in (steps.LandmarkCountry(), steps.AlphaQe(), steps.Refine(), steps.Dba()):
+        chain = tuning.with_step(chain, step)
+    names = [step.name for step in chain.steps]
+    assert names == ["alpha_qe", "dba", "landmark_country", "sort_insert", "refine"]
+
+
+@pytest.mark.parametrize("name", tuning.SPACES)
+def test_every_space_names_numbers_of_its_step_that_the_step_accepts(name):
+    step = steps.build({"step": name})
+    for field, axis in tuning.SPACES[name].items():
+        assert type(axis[0]) is type(axis[1]) and axis[0] < axis[1]
+        for value in axis:
+            changed = steps.build({**step.to_dict(), field: value})
+            assert type(getattr(changed, field)) is type(getattr(step, field))
