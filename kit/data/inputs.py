@@ -24,7 +24,9 @@ class InputSpec:
     """How pixels become a network's input."""
 
     size: int = 224  # side of the square, pixels
-    template: str = ""  # S2, L2, ...: shapes by aspect ratio beside the square (2019)
+    # S2, L2, ...: shapes by aspect ratio beside the square (2019); longest: the image's own,
+    # its longest side being `size`
+    template: str = ""
     resize: str = "squash"  # whole image, aspect lost; "crop": its central square
     colour: str = "rgb"  # order of the channels, or "bgr"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -34,8 +36,8 @@ class InputSpec:
         config.check(
             self, least={"size": 1}, choices={"resize": RESIZE, "colour": COLOUR}
         )
-        if self.template and self.template not in templates.TEMPLATES:
-            listed = ", ".join(templates.TEMPLATES)
+        if self.template and self.template not in templates.NAMES:
+            listed = ", ".join(templates.NAMES)
             raise ValueError(f"template {self.template!r} is not one of {listed}")
         if self.template and self.resize != "squash":
             raise ValueError(
@@ -52,7 +54,7 @@ class InputSpec:
     def group(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """(N,) images of one number have one shape."""
         if self.template:
-            return templates.groups(self.template, heights, widths)
+            return templates.groups(self.template, heights, widths, self.size)
         return np.zeros(len(heights), np.int64)
 
     def normalise(self, batch: Tensor) -> Tensor:

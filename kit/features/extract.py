@@ -157,7 +157,7 @@ def _listed(
                 f"{next(iter(by_template))} takes its shapes; run 00_image_lists with sizes"
             )
         for spec in by_template.values():
-            own = spec.group(*sizes.T)
+            own = np.unique(spec.group(*sizes.T), return_inverse=True)[1]
             group = group * (own.max() + 1) + own
     return fill.Listed(images.name, paths, sizes, group)
 

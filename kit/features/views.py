@@ -25,7 +25,9 @@ class Views:
     least 128. Each scale is one resize of the decoded picture, where both resize it twice.
     """
 
-    size: int = 0  # side of the square; 0: the named template's own, else the model's
+    size: int = (
+        0  # side of the square, or longest; 0: the template's own, else the model's
+    )
     template: str = OWN  # the model's; "square"; or one of kit.data.templates
     scales: tuple[float, ...] = (1.0,)  # of both sides; 1 leaves them as they are
     multiple: int = 16  # a scaled side goes down to a multiple of it
@@ -34,7 +36,7 @@ class Views:
     normalise: bool = False  # each embedding before the sum; both systems sum raw ones
 
     def __post_init__(self) -> None:
-        named = (OWN, SQUARE, *templates.TEMPLATES)
+        named = (OWN, SQUARE, *templates.NAMES)
         limits = {"size": 0, "multiple": 1, "least": 1}
         config.check(self, least=limits, choices={"template": named})
         if not self.scales or min(self.scales) <= 0:
@@ -44,8 +46,9 @@ class Views:
         """The input at scale 1 of a model whose own is `spec`."""
         if self.template == OWN:
             return replace(spec, size=self.size or spec.size)
-        if self.template == SQUARE:
-            return replace(spec, size=self.size or spec.size, template="")
+        if self.template in (SQUARE, templates.LONGEST):
+            template = "" if self.template == SQUARE else self.template
+            return replace(spec, size=self.size or spec.size, template=template)
         side = self.size or templates.square_side(self.template)
         return replace(spec, size=side, template=self.template)
 

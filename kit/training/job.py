@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import config
+from kit.data import templates
 from kit.data.augment import Augment
 from kit.data.inputs import InputSpec
 from kit.data.samplers import Sampling
@@ -62,6 +63,11 @@ class Stage:
                 f"stage {self.name}: start is {self.start}, not before its last epoch {self.last}"
             )
 
+        if self.template == templates.LONGEST:
+            raise ValueError(
+                f"stage {self.name}: template {self.template} is for extraction; images of "
+                "one shape are too few to train on"
+            )
         if self.freeze and (self.frozen_norms or self.lora):
             raise ValueError(
                 f"stage {self.name}: freeze is for networks that then learn whole; set "

@@ -3,7 +3,7 @@ from bisect import bisect_right
 import numpy as np
 import pytest
 
-from kit.data.templates import TEMPLATES, groups, shape, square_side
+from kit.data.templates import LONGEST, TEMPLATES, groups, shape, square_side
 
 # (width, height) by group as the 2019 system has them, and its two sets of bounds of h / w
 PUBLISHED = {
@@ -93,3 +93,19 @@ def test_another_square_scales_every_shape_to_multiples_of_32(size, shapes):
 
 def test_an_empty_list_has_no_groups():
     assert groups("S2", np.array([], int), np.array([], int)).tolist() == []
+
+
+def test_the_longest_side_is_the_size_and_the_aspect_ratio_stays():
+    assert shape(LONGEST, 320, 480, 640) == (240, 320)
+    assert shape(LONGEST, 320, 640, 480) == (320, 240)
+    assert shape(LONGEST, 320, 100, 100) == (320, 320)  # small ones grow
+    assert shape(LONGEST, 320, 3, 4000) == (1, 320)
+    assert shape(LONGEST, 320, -1, -1) == (320, 320)  # unknown
+
+
+def test_images_of_one_group_have_one_longest_side_shape_and_no_others_do():
+    sizes = [(height, width) for height in SIDES for width in SIDES] + [(-1, -1)]
+    found = groups(LONGEST, *np.array(sizes).T, 64).tolist()
+    shapes = [shape(LONGEST, 64, *each) for each in sizes]
+    pairs = set(zip(found, shapes, strict=True))
+    assert len(pairs) == len(set(found)) == len(set(shapes)) > 20

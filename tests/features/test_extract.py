@@ -353,6 +353,21 @@ def test_the_published_form_of_2019(data, job, net):
     np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
 
 
+def test_images_keep_their_aspect_ratio_where_the_longest_side_is_given(data, job, net):
+    views = Views(template="longest", size=96)
+    job = replace(job, images="index", lists=data / "sized", views=views)
+    rows = lists.load(data / "sized", "index").rows.drop_duplicates("id")
+    sizes = {row.path: (row.height, row.width) for row in rows.itertuples()}
+
+    def shapes(path):
+        scale = 96 / max(sizes[path])
+        return [tuple(max(1, round(side * scale)) for side in sizes[path])]
+
+    assert len({shapes(path)[0] for path in sizes}) > 1
+    expected = by_hand(net, data, rows["path"], shapes)
+    np.testing.assert_allclose(extracted(job).vectors, expected, atol=2e-3)
+
+
 def test_a_template_needs_a_list_with_heights_and_widths(job):
     with pytest.raises(ValueError) as error:
         extract.run(replace(job, views=Views(template="S2")))
