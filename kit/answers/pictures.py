@@ -1,10 +1,12 @@
-"""Local features of the queries and the index, described when a step first asks for them."""
+"""Local features of queries and index, and what they confirm, worked out when a step first asks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kit.data import images, lists
 from kit.data.readers import Reader, open_reader
@@ -14,12 +16,18 @@ from kit.rerank.local.cache import Cache
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of each list, and the folder that keeps what was described: local/<backend>/<side>."""
+    """Images of each list, and the folder that keeps what was described: local/<backend>/<side>.
+
+    A pair of images is verified once, however many chains ask.
+    """
 
     data: Path  # folder that the lists' paths start from
     folder: Path
     lists: Mapping[str, lists.ImageList]  # by what they are: query, index
-    processes: int = 0  # that describe; 0: this one
+    processes: int = 0  # that describe and verify; 0: this one
+    known: dict[tuple[str, int], "Counts"] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __call__(self, which: str, backend: str, side: int) -> Cache:
         """The features of one list, in the order of its stores: each image once."""
@@ -32,6 +40,40 @@ class Pictures:
             replace(verification.backend(backend).describe, side=side),
             processes=self.processes,
         )
+
+    def inliers(self, rows: Tensor, backend: str, side: int) -> Tensor:
+        """(Q, k) int32 of each query with its index rows (Q, k); 0 where the row is below 0."""
+        query, index = (self(which, backend, side) for which in ("query", "index"))
+        counts = self.known.setdefault((backend, side), Counts())
+        pairs = np.arange(len(rows))[:, None] * len(index) + rows.numpy()
+        asked = (rows.numpy() >= 0) & ~np.isin(pairs, counts.pairs)
+        if asked.any():
+            fresh = verification.shortlist_inliers(
+                rows.masked_fill(torch.from_numpy(~asked), -1),
+                query,
+                index,
+                verification.backend(backend),
+                processes=self.processes,
+            )
+            counts.add(pairs[asked], fresh.numpy()[asked])
+        return torch.from_numpy(counts.of(pairs)).masked_fill(rows < 0, 0)
+
+
+class Counts:
+    """Inliers of pairs, each told by one number."""
+
+    def __init__(self) -> None:
+        self.pairs, self.counts = np.empty(0, np.int64), np.empty(0, np.int32)
+
+    def add(self, pairs: np.ndarray, counts: np.ndarray) -> None:
+        pairs, counts = np.r_[self.pairs, pairs], np.r_[self.counts, counts]
+        self.pairs, first = np.unique(pairs, return_index=True)
+        self.counts = counts[first]
+
+    def of(self, pairs: np.ndarray) -> np.ndarray:
+        """Of pairs that are known; of others anything."""
+        places = np.searchsorted(self.pairs, pairs).clip(max=len(self.pairs) - 1)
+        return self.counts[places]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from kit.rerank import (
 from kit.rerank.addends import Addends
 from kit.rerank.chain import Chain
 from kit.rerank.landmark_country import Tags, Votes, Weights, gate, vote
-from kit.rerank.local import folding, verification
+from kit.rerank.local import folding
 
 TAGGED = 30  # references that a k-reciprocal vote looks at (2021)
 
@@ -152,7 +152,7 @@ def _(step: steps.Smoothing, scene: Scene) -> Scene:
 def _(step: steps.VerifiedQe, scene: Scene) -> Scene:
     scores, rows = scene.near(QUERY, INDEX, step.shortlist)
     inliers = verified(scene, rows, step.backend, step.side)
-    near = expansion.verified(scores, rows, inliers, step.inliers, step.most)
+    near = expansion.verified(scores, rows, inliers, step.least_inliers, step.most)
     moved = expansion.expand(scene.tensor(QUERY), scene.tensor(INDEX), *near)
     return scene.moved(QUERY, moved)
 
@@ -327,7 +327,9 @@ def _(
     step: steps.Local, scene: Scene, scores: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     inliers = verified(scene, rows[:, : step.top], step.backend, step.side)
-    rows, scores = folding.fold(rows, scores, inliers, step.top, step.weight, step.most)
+    rows, scores = folding.fold(
+        rows, scores, inliers, step.top, step.weight, step.most, step.least_inliers
+    )
     return scores, rows
 
 
@@ -352,9 +354,7 @@ def verified(scene: Scene, rows: Tensor, backend: str, side: int) -> Tensor:
     """(Q, k) inliers of each query with its ranking's rows (Q, k)."""
     if scene.pictures is None:
         raise ValueError("local verification needs the images: give their folder")
-    way = verification.backend(backend)
-    query, index = (scene.pictures(which, backend, side) for which in (QUERY, INDEX))
-    return verification.shortlist_inliers(rows, query, index, way)
+    return scene.pictures.inliers(rows, backend, side)
 
 
 def without_self(near: Neighbours, first: int) -> Neighbours:

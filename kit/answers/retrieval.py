@@ -33,11 +33,12 @@ class Scenes:
         index: lists.ImageList,
         reference: lists.ImageList | None = None,  # whose labelled images vote
         data: Path | None = None,  # the images, for steps that verify
+        processes: int = 0,  # that verify; 0: this one
     ) -> None:
         self.folder, self.query, self.index = folder, query, index
         self.reference = reference
         both = {"query": query, "index": index}
-        self.pictures = data and Pictures(data, folder / "local", both)
+        self.pictures = data and Pictures(data, folder / "local", both, processes)
         self._scenes: dict[tuple[str, ...], Scene] = {}
         self._models: dict[str, Model] = {}
 

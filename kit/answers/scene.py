@@ -5,7 +5,7 @@ joined, so that a step need not know how many models there are.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kit.answers.pictures import Pictures
 from kit.features import screen, search
 from kit.features.search import Neighbours
 from kit.features.store import Features
@@ -71,8 +72,7 @@ class Scene:
     models: Sequence[Model]
     weights: Sequence[float]
     voters: Voters | None = None
-    # local features of query or index images by a backend's name and longest side
-    pictures: Callable[[str, str, int], Sequence] | None = None
+    pictures: Pictures | None = None  # for steps that verify
     found: dict[tuple[str, str, int], Neighbours] = field(
         default_factory=dict, compare=False, repr=False
     )

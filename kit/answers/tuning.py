@@ -20,7 +20,7 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "dba": {"neighbours": (2, 12)},
     "alpha_qe": {"neighbours": (1, 12), "alpha": (0.0, 6.0)},
     "smoothing": {"neighbours": (2, 10), "beta": (0.05, 0.5), "iterations": (1, 3)},
-    "verified_qe": {"most": (1, 8), "inliers": (15, 90)},
+    "verified_qe": {"most": (1, 8), "least_inliers": (10, 90)},
     "landmark_country": {
         "landmark": (0.0, 1.0),
         "country": (0.0, 0.2),
@@ -34,7 +34,12 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "k_reciprocal": {"k1": (5, 40), "k2": (1, 10), "share": (0.1, 0.9)},
     "diffusion": {"kd": (5, 50), "kq": (1, 20), "gamma": (1.0, 5.0)},
     "refine": {"neighbours": (1, 20), "beta": (0.0, 1.0)},
-    "local": {"top": (5, 50), "weight": (0.0, 1.0), "most": (20, 150)},
+    "local": {
+        "top": (5, 50),
+        "weight": (0.0, 1.0),
+        "most": (10, 100),
+        "least_inliers": (0, 20),
+    },
 }
 
 

@@ -110,13 +110,13 @@ class VerifiedQe(
     Step,
     name="verified_qe",
     kind=FEATURES,
-    least={"shortlist": 1, "most": 1, "inliers": 1},
+    least={"shortlist": 1, "most": 1, "least_inliers": 1},
 ):
     """Queries moved towards index images that local features confirm (kit.rerank.expansion)."""
 
     shortlist: int = 100  # nearest index images that are verified
     most: int = 5
-    inliers: int = 90  # at least
+    least_inliers: int = 90  # fewer count as none
     backend: str = "sift"
     side: int = 800  # longest side of the pictures, pixels
 
@@ -269,7 +269,7 @@ class Local(
     Step,
     name="local",
     kind=RANKING,
-    least={"top": 1, "weight": 0, "most": 1, "side": 32},
+    least={"top": 1, "weight": 0, "most": 1, "least_inliers": 0, "side": 32},
 ):
     """Inliers of the first images, verified by local features (kit.rerank.local)."""
 
@@ -277,6 +277,7 @@ class Local(
     top: int = 10
     weight: float = 0.15
     most: int = 90  # inliers that count
+    least_inliers: int = 0  # fewer count as none
     side: int = 800  # longest side of the pictures, pixels
 
 

@@ -1,9 +1,11 @@
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kit.answers.pictures import Pictures
 from kit.data import lists, sources
+from kit.rerank.local import verification
 
 
 @pytest.fixture
@@ -64,3 +66,34 @@ def test_other_processes_describe_the_same(data):
 def test_an_unknown_backend_is_refused(data):
     with pytest.raises(ValueError, match="no backend orb; there are sift, xfeat"):
         pictures(data)("query", "orb", 100)
+
+
+def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, monkeypatch):
+    asked = []
+    work = verification.shortlist_inliers
+
+    def counted(rows, *given, **options):
+        asked.append(int((rows >= 0).sum()))
+        return work(rows, *given, **options)
+
+    monkeypatch.setattr(verification, "shortlist_inliers", counted)
+    found = pictures(data)
+    rows = torch.tensor([[2, 0, -1], [-1, 1, 2]])
+    first = found.inliers(rows, "sift", 200)
+    paths = found.lists["index"].rows["path"].tolist()
+    owners = found.lists["query"].rows["path"].tolist()
+    for query, places in enumerate(rows.tolist()):
+        for place, row in enumerate(places):
+            same = (
+                row >= 0
+                and paths[row] == owners[query].replace("q", "i", 1)[:-4] + "0.jpg"
+            )
+            assert (first[query, place] > 20) == same
+    again = found.inliers(rows.flip(1), "sift", 200)
+    assert torch.equal(again, first.flip(1)) and asked == [4]
+    wider = found.inliers(torch.tensor([[3, 2, 1, 0], [0, 1, 2, 3]]), "sift", 200)
+    assert asked == [4, 4]
+    assert torch.equal(wider[0, [1, 3]], first[0, :2])
+    assert torch.equal(wider[1, 1:3], first[1, 1:])
+    found.inliers(rows, "sift", 100)  # another side knows nothing of it
+    assert asked == [4, 4, 4]

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
 from kit.answers import reranking
+from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
 from kit.answers.scene import INDEX, QUERY
 from kit.rerank import steps
@@ -218,23 +221,25 @@ def test_every_way_to_tag_finds_a_landmark_that_is_plain(way):
     assert (labels["index"][rows.numpy()] == labels["query"][:, None]).mean() > 0.95
 
 
-def pictures(which, backend, side):
+class Textures(Pictures):
     """One texture a landmark, each image a little turned; described by the backend."""
-    random = np.random.default_rng(3)
-    textures = [
-        cv2.resize(random.integers(0, 256, (40, 40), np.uint8), (160, 160))
-        for _ in range(4)
-    ]
-    found = []
-    for number in range(13 if which == QUERY else 90):
-        turn = cv2.getRotationMatrix2D((80, 80), number % 7, 1.0)
-        turned = cv2.warpAffine(textures[number % 4], turn, (160, 160))
-        found.append(verification.backend(backend).describe(turned))
-    return found
+
+    def __call__(self, which, backend, side):
+        random = np.random.default_rng(3)
+        textures = [
+            cv2.resize(random.integers(0, 256, (40, 40), np.uint8), (160, 160))
+            for _ in range(4)
+        ]
+        found = []
+        for number in range(13 if which == QUERY else 90):
+            turn = cv2.getRotationMatrix2D((80, 80), number % 7, 1.0)
+            turned = cv2.warpAffine(textures[number % 4], turn, (160, 160))
+            found.append(verification.backend(backend).describe(turned))
+        return found
 
 
 def test_local_features_bring_the_same_texture_to_the_front():
-    at = scene(model(unreadable=()), pictures=pictures)
+    at = scene(model(unreadable=()), pictures=Textures(Path(), Path(), {}))
     plain = rank(at, chain(k=12)).rows.numpy()
     step = steps.Local(top=12, weight=3.0, most=30)
     rows = rank(at, chain(step, k=12)).rows.numpy()
@@ -244,7 +249,7 @@ def test_local_features_bring_the_same_texture_to_the_front():
         assert agrees == sorted(agrees, reverse=True)
     moved = (rows != plain).any(axis=1)
     assert moved.sum() > 8
-    expanded = reranking.move(steps.VerifiedQe(12, 3, inliers=15), at)
+    expanded = reranking.move(steps.VerifiedQe(12, 3, least_inliers=15), at)
     assert not np.array_equal(
         expanded.models[0].query.vectors, at.models[0].query.vectors
     )
