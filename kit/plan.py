@@ -15,7 +15,7 @@ QUERY, INDEX = "query", "index"
 # lists that hold validation's own images, and what stands in for them
 HOLDOUTS = {"all": "all_holdout", "index_train": "index_train_holdout"}
 VOTERS = "index_train"  # whose labelled images vote, or its stand-in
-LISTS = "00_image_lists"
+LISTS, TRAINED = "00_image_lists", "trained"
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,15 @@ class Run:
     holdout: bool = True  # train on nothing that an offline number is measured on
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
     rerank: tuple[str, ...] = ("landmark_country",)  # steps to tune, in their order
+    neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
 
     def __post_init__(self) -> None:
-        for name, least in (("num_gpus", 1), ("workers", 0), ("save_every", 1)):
+        for name, least in (
+            ("num_gpus", 1),
+            ("workers", 0),
+            ("save_every", 1),
+            ("neighbours", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, not at least {least}"
@@ -107,6 +113,10 @@ class Run:
         return self.work / "features" / self.recipe
 
     @property
+    def graphs(self) -> Path:
+        return self.work / "graph" / self.recipe
+
+    @property
     def chain(self) -> Path:
         return self.answers / "chain.json"
 
@@ -135,7 +145,7 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
         [_train(run, each, notebooks) for each in run.stages],
     )
     after = (LISTS, *(step.name for step in trained))
-    seen = _extract(run, "trained", models, [*shown, run.voters], after, notebooks)
+    seen = _extract(run, TRAINED, models, [*shown, run.voters], after, notebooks)
     chain = [_lists(run, notebooks, continents), *trained]
     if not run.holdout:
         return [*chain, seen]
@@ -221,14 +231,22 @@ def _extract(
     after: tuple[str, ...],
     notebooks: Path,
 ) -> Step:
+    kept = images[1:] if run.neighbours and name == TRAINED else []  # but for queries
+    graphs = {
+        "graphs_of": kept,
+        "neighbours": run.neighbours,
+        "graphs": str(run.graphs),
+    }
+    stores = [run.features / model / each for model in models for each in images]
     return Step(
         f"03_features_{name}",
         notebooks / "03_extract_features.ipynb",
         _places(run)
         | {"models": models, "images": images, "features": str(run.features)}
-        | {"pretrained": run.pretrained},
+        | {"pretrained": run.pretrained}
+        | (graphs if kept else {}),
         after,
-        tuple(run.features / model / each for model in models for each in images),
+        (*stores, *(run.graphs / model / each for model in models for each in kept)),
         machine=_machine(run),
     )
 
@@ -239,6 +257,7 @@ def _answer(
     shared = {
         "lists_folder": str(run.lists),
         "features": str(run.features),
+        "graphs": str(run.graphs),
         "index": run.index,
         "chain_path": str(run.chain),
         "gains_path": str(run.gains),
@@ -251,6 +270,7 @@ def _answer(
         | {"models": models, "baseline": recipes.UNTRAINED, "steps": list(run.rerank)},
         after,
         (run.chain, run.gains),
+        machine={"workers": run.workers},
     )
     pages = {"report_path": str(run.report), "runs": str(run.runs)}
     submitted = Step(
@@ -259,5 +279,6 @@ def _answer(
         shared | pages | {"out": str(run.submission)},
         (tuned.name,),
         (run.submission,),
+        machine={"workers": run.workers},
     )
     return [tuned, submitted]

@@ -59,6 +59,13 @@ def options() -> argparse.Namespace:
         metavar="STEP",
         help=f"steps to tune, in their order: {', '.join(STEPS)}",
     )
+    add(
+        "--neighbours",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep each index and reference image's K nearest in graph/, for steps that read them",
+    )
     add("--save-every", type=int, default=50, help="steps between two states")
     add(
         "--set",
@@ -138,6 +145,7 @@ def main() -> None:
         table=str(Path(given.table).resolve()) if given.table else "",
         weights=given.weights.resolve(),
         pretrained=given.pretrained,
+        neighbours=given.neighbours,
         index_ids=str(Path(given.index_ids).resolve()) if given.index_ids else "",
         num_gpus=given.gpus,
         workers=given.workers,

@@ -160,6 +160,20 @@ def test_a_smaller_index_is_searched_and_compared(run, tmp_path):
     assert "index_val" in chain["03_features_untrained"].parameters["images"]
 
 
+def test_graphs_are_kept_of_the_index_and_the_references_where_asked(run):
+    plain = by_name(run)["03_features_trained"]
+    assert "graphs_of" not in plain.parameters
+    chain = by_name(replace(run, neighbours=30))
+    step = chain["03_features_trained"]
+    assert step.parameters["graphs_of"] == ["index", "index_train_holdout"]
+    assert step.parameters["neighbours"] == 30
+    models, graphs = step.parameters["models"], Path(step.parameters["graphs"])
+    assert {graphs / model / "index" for model in models} <= set(step.outputs)
+    assert "graphs_of" not in chain["03_features_untrained"].parameters
+    for name in ("04_tune_rerank", "05_submission"):
+        assert chain[name].parameters["graphs"] == str(graphs)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

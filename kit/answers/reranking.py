@@ -216,9 +216,9 @@ def _tagged(scene: Scene, which: str, k: int, way: str) -> tuple[Tensor, ...]:
         landmarks = names[near.rows]
         return near.scores, landmarks, voters.countries[first[landmarks]]
     near = scene.near(which, REFERENCE, TAGGED)
-    graph = scene.near(REFERENCE, REFERENCE, TAGGED)
+    graph = scene.graph(REFERENCE, TAGGED - 1)
     scores, rows = k_reciprocal_tags.tag_scores(
-        scene.tensor(which), near.rows, graph.rows, scene.tensor(REFERENCE), k
+        scene.tensor(which), near.rows, graph, scene.tensor(REFERENCE), k
     )
     landmarks, countries = (
         torch.where(rows >= 0, tags[rows.clamp(min=0)], -1)

@@ -4,7 +4,7 @@ Nothing of the size queries x index is ever held.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 
 from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
-from kit.answers.scene import Model, Scene, Voters
+from kit.answers.scene import INDEX, REFERENCE, Model, Scene, Voters
 from kit.data import lists
-from kit.features import store
+from kit.features import graph, store
+from kit.features.graph import Graph
 from kit.features.store import Features
 from kit.features.views import Views
 from kit.rerank.chain import Chain
@@ -33,9 +34,10 @@ class Scenes:
         index: lists.ImageList,
         reference: lists.ImageList | None = None,  # whose labelled images vote
         data: Path | None = None,  # the images, for steps that verify
+        graphs: Path | None = None,  # <model>/<list>; those that are there serve
         processes: int = 0,  # that verify; 0: this one
     ) -> None:
-        self.folder, self.query, self.index = folder, query, index
+        self.folder, self.graphs, self.query, self.index = folder, graphs, query, index
         self.reference = reference
         both = {"query": query, "index": index}
         self.pictures = data and Pictures(data, folder / "local", both, processes)
@@ -79,7 +81,10 @@ class Scenes:
     def _model(self, name: str) -> Model:
         if name not in self._models:
             lists = self.query, self.index, self.reference
-            self._models[name] = _model(self.folder / name, *lists)
+            model = _model(self.folder / name, *lists)
+            if self.graphs is not None:
+                model = replace(model, graphs=_graphs(self.graphs / name, model))
+            self._models[name] = model
         return self._models[name]
 
 
@@ -103,6 +108,17 @@ def _model(
         _refuse_other_views(first, features)
         others.append(features)
     return Model(first, *others)
+
+
+def _graphs(folder: Path, model: Model) -> dict[str, Graph]:
+    """The stored graphs of index and references; of other features they are refused."""
+    found = {}
+    for which in (INDEX, REFERENCE):
+        features = getattr(model, which)
+        stored = features and folder / features.manifest["list"]["name"]
+        if stored and (stored / "manifest.json").exists():
+            found[which] = graph.load(stored, features)
+    return found
 
 
 def _refuse_other_views(ours: Features, theirs: Features) -> None:

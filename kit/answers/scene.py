@@ -5,7 +5,7 @@ joined, so that a step need not know how many models there are.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kit.answers.pictures import Pictures
 from kit.features import screen, search
+from kit.features.graph import Graph
 from kit.features.search import Neighbours
 from kit.features.store import Features
 from kit.rerank import fusion, order
@@ -32,6 +33,8 @@ class Model:
     query: Features
     index: Features
     reference: Features | None = None  # of the images that vote
+    # stored neighbours of index or reference images among themselves
+    graphs: Mapping[str, Graph] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -50,7 +53,8 @@ class Model:
         features = replace(
             self.of(which), vectors=vectors.astype(np.float16, copy=False)
         )
-        return replace(self, **{which: features})
+        kept = {name: graph for name, graph in self.graphs.items() if name != which}
+        return replace(self, **{which: features, "graphs": kept})
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,34 @@ class Scene:
     def near(
         self, of: str, among: str, k: int, addends: Addends | None = None
     ) -> Neighbours:
-        """The k nearest `among` rows of each row `of`; an image may be its own neighbour."""
+        """The k nearest `among` rows of each row `of`; an image may be its own neighbour.
+
+        Index images that cannot be read are near nobody and nobody is near them.
+        """
         k = min(k, self._count(among))
         if addends is not None:
             return self._search(of, among, k, addends)
         for (here, there, width), found in self.found.items():
             if (here, there) == (of, among) and width >= k:
                 return Neighbours(found.scores[:, :k], found.rows[:, :k])
-        self.found[of, among, k] = self._search(of, among, k)
-        return self.found[of, among, k]
+        graph = self._graph(of, k - 1) if of == among else None
+        if graph is None:
+            near = self._search(of, among, k)
+        else:
+            near = _with_self(graph, self.stored(of), k)
+        if of == among == INDEX:
+            lost = torch.from_numpy(self.unreadable)[:, None]
+            scores = near.scores.masked_fill(lost, -torch.inf)
+            near = Neighbours(scores, near.rows.masked_fill(lost, order.ABSENT))
+        self.found[of, among, k] = near
+        return near
+
+    def graph(self, which: str, k: int) -> Tensor:
+        """(N, k) rows of the k nearest others, and perhaps the image itself; mapped if stored."""
+        graph = self._graph(which, k)
+        if graph is None:
+            return self.near(which, which, k + 1).rows
+        return screen.mapped(graph.rows)[:, :k]
 
     def near_union(self, k: int) -> Neighbours:
         """The k nearest rows of the union of queries and index, queries first, for each of it."""
@@ -183,6 +206,15 @@ class Scene:
         there = len(self.models[0].of(REFERENCE))
         return len(rows) == there and bool((rows == np.arange(there)).all())
 
+    def _graph(self, which: str, k: int) -> Graph | None:
+        """The stored graph, if its rows are this scene's and it has k neighbours."""
+        if len(self.models) > 1 or self.weights != (1.0,):
+            return None
+        if which == REFERENCE and not self._all_vote:
+            return None
+        graph = self.models[0].graphs.get(which)
+        return graph if graph is not None and graph.k >= k else None
+
     def _count(self, which: str) -> int:
         if which == REFERENCE:
             return len(self.labelled.rows)
@@ -203,3 +235,13 @@ class Scene:
             skip=self.unreadable if among == INDEX else None,
             addends=addends,
         )
+
+
+def _with_self(graph: Graph, stored: Tensor, k: int) -> Neighbours:
+    """The k nearest rows of each, itself among them: what a search of all by all would find."""
+    rows = torch.from_numpy(graph.rows[:, : k - 1].astype(np.int64))
+    scores = torch.from_numpy(graph.scores[:, : k - 1].copy())
+    # products of float16 add up exactly in float64
+    own = torch.cat([b.double().square().sum(dim=1) for b in stored.split(BLOCK)])
+    rows = torch.cat([torch.arange(len(rows))[:, None], rows], dim=1)
+    return Neighbours(*order.sort(torch.cat([own.float()[:, None], scores], 1), rows))

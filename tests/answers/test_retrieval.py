@@ -1,11 +1,13 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from kit.answers.retrieval import Scenes
 from kit.data import lists, sources
-from kit.features import store
+from kit.features import graph, store
 from kit.rerank.chain import Chain
 from kit.rerank.steps import LandmarkCountry
 from tests.answers.scenes import by_score, cosines, unit
@@ -186,3 +188,26 @@ def test_models_with_features_of_different_images_are_refused(scenes, made):
 def test_what_was_seen_are_the_lists_of_the_models_and_the_references(scenes):
     met = {"c" * 64: "clean", scenes.reference.hash: "full"}
     assert scenes.seen(["clean"]) == met
+
+
+def test_stored_graphs_are_found_and_those_of_other_features_refused(
+    folder, made, tmp_path, monkeypatch
+):
+    asked = made["query"], made["index"], made["full"], None, tmp_path / "graph"
+    plain = Scenes(folder, *asked).of({"clean": 1.0})
+    assert plain.models[0].graphs == {}
+    for name in ("index", "full"):
+        out = tmp_path / "graph" / "clean" / name
+        graph.build(graph.Job(folder / "clean" / name, out, k=4))
+    found = Scenes(folder, *asked).of({"clean": 1.0})
+    assert set(found.models[0].graphs) == {"index", "reference"}
+    assert torch.equal(
+        found.near("index", "index", 5).rows, plain.near("index", "index", 5).rows
+    )
+    shutil.rmtree(folder / "clean" / "index")
+    write(folder / "clean", made["index"], vectors=unit(6, 4, 9), size=96)
+    for name in ("query", "full"):
+        shutil.rmtree(folder / "clean" / name)
+        write(folder / "clean", made[name], size=96)
+    with pytest.raises(ValueError, match="not the graph of these features of index"):
+        Scenes(folder, *asked).of({"clean": 1.0})

@@ -1,10 +1,22 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from kit.answers import scene as scenes
 from kit.answers.scene import INDEX, QUERY, REFERENCE, Model, Scene
-from tests.answers.scenes import best, by_score, cosines, features, model, scene, unit
+from kit.features.graph import Graph
+from tests.answers.scenes import (
+    LOST,
+    best,
+    by_score,
+    cosines,
+    features,
+    model,
+    scene,
+    unit,
+)
 
 
 def test_near_index_images_are_those_of_the_dense_scores():
@@ -102,3 +114,58 @@ def test_a_scene_without_references_says_what_is_missing():
         Scene((one,), (1.0,)).votes(QUERY, 3)
     with pytest.raises(ValueError, match="model m has no features of the reference"):
         one.of(REFERENCE)
+
+
+def stored(features, k, lost=()):
+    """The graph of some features: each row's best others."""
+    scores = cosines(features.vectors, features.vectors)
+    np.fill_diagonal(scores, -np.inf)
+    scores, rows = best(scores, k, lost)
+    scores, rows = scores.astype(np.float32), rows.astype(np.int32)
+    scores[list(lost)], rows[list(lost)] = -np.inf, -1
+    return Graph(rows, scores)
+
+
+def with_graphs(k, **parts):
+    """A scene whose references all vote, with equal index images; and one without graphs."""
+    one = replace(model(), **parts)
+    one.index.vectors[50:56] = one.index.vectors[49]
+    graphs = {
+        INDEX: stored(one.index, k, LOST),
+        REFERENCE: stored(one.reference, k),
+    }
+    labels = torch.arange(70) % 6
+    voting = scenes.Voters(np.arange(70), labels, labels // 2)
+    return [
+        Scene((each,), (1.0,), voting) for each in (replace(one, graphs=graphs), one)
+    ]
+
+
+def test_stored_graphs_give_what_a_search_gives(monkeypatch):
+    at, searched = with_graphs(9)
+    found = [searched.near(which, which, 10) for which in (INDEX, REFERENCE)]
+    union = searched.near_union(8)
+    at.near(INDEX, QUERY, 8), at.near(QUERY, INDEX, 8), at.near(QUERY, QUERY, 8)
+    monkeypatch.setattr(scenes.search, "knn", None)
+    for which, wanted in zip((INDEX, REFERENCE), found, strict=True):
+        near = at.near(which, which, 10)
+        assert torch.equal(near.rows, wanted.rows)
+        assert torch.equal(near.scores, wanted.scores)
+        assert (
+            at.graph(which, 9) == torch.from_numpy(at.models[0].graphs[which].rows)
+        ).all()
+    assert torch.equal(at.near_union(8).rows, union.rows)
+
+
+def test_a_graph_of_other_rows_or_too_few_neighbours_is_not_used():
+    at, searched = with_graphs(9)
+    wrong = Graph(np.zeros((90, 9), np.int32), np.zeros((90, 9), np.float32))
+    liar = replace(at.models[0], graphs={INDEX: wrong})
+    liar = replace(at, models=(liar,), found={})
+    few = searched.near(INDEX, INDEX, 5).rows
+    assert not torch.equal(liar.near(INDEX, INDEX, 5).rows, few)  # it is read
+    wide = searched.near(INDEX, INDEX, 11).rows
+    assert torch.equal(liar.near(INDEX, INDEX, 11).rows, wide)
+    assert set(at.moved(INDEX, at.stored(INDEX)).models[0].graphs) == {REFERENCE}
+    half = replace(liar, weights=(0.5,), found={})
+    assert torch.equal(half.near(INDEX, INDEX, 5).rows, wide[:, :5])
