@@ -67,6 +67,17 @@ class Addends:
             members=Members(cut, rows[low:high], values[low:high]),
         )
 
+    def common(self, query: Tensor, row: Tensor) -> Tensor:
+        """float64 addends of pairs of query and row that broadcast, but for members'."""
+        total = torch.zeros(torch.broadcast_shapes(query.shape, row.shape)).double()
+        if self.by_row is not None:
+            total += self.by_row[row].double()
+        if self.groups is not None and self.by_group is not None:
+            group = self.groups[row]
+            value = self.by_group[query, group].double()
+            total += torch.where(group >= 0, value, 0.0)
+        return total
+
     def cpu(self) -> "Addends":
         """The same in the CPU's memory."""
         given = (self.by_row, self.groups, self.by_group)

@@ -366,6 +366,34 @@ def test_addends_meet_skipped_and_chosen_rows_and_exact_blocks(exact_blocks):
     agrees(found, by_hand(scores, 9))
 
 
+def test_members_are_found_once_where_fewer_rows_than_k_can_be_found():
+    query, database = unit(5), unit(3000, seed=1)
+    skip = torch.ones(3000, dtype=torch.bool)
+    skip[::300] = False
+    given = addends(5, 3000, 1, members=900)
+    scores = query.double().numpy() @ database.double().numpy().T
+    scores = with_addends(scores, given)
+    scores[:, skip] = -np.inf
+    found = knn(query, database, 20, skip=skip, addends=given, block=64)
+    expected_scores, expected = by_hand(scores, 20)
+    agrees(found, (expected_scores, np.where(np.isinf(expected_scores), -1, expected)))
+
+
+@pytest.mark.parametrize("worth", [1e-3, 0.5, 3e5, -3e5])
+def test_many_members_of_any_worth_are_screened_without_losing_one(worth):
+    query, database = unit(5), tight(2000, spread=0.02)
+    given = addends(5, 2000, worth, members=1500)
+    scores = query.double().numpy() @ database.double().numpy().T
+    scores = with_addends(scores, given)
+    for k in (7, 30):
+        agrees(knn(query, database, k, addends=given, block=96), by_hand(scores, k))
+    even = torch.full((7500,), 1.0 * worth)
+    given = Addends(members=given.members._replace(values=even))
+    scores = query.double().numpy() @ database.double().numpy().T
+    scores = with_addends(scores, given)
+    agrees(knn(query, database, 30, addends=given, block=96), by_hand(scores, 30))
+
+
 def test_addends_follow_their_queries_when_these_are_searched_in_turns(monkeypatch):
     query, database = unit(5), unit(1500, seed=1)
     given = addends(5, 1500, 1)

@@ -22,8 +22,8 @@ rows are skipped by their largest score and largest addend. All others are score
 the end; where there are too many (rows that are equal, or nearly) the block is scored
 exactly at once.
 
-Members of `Addends` are scored exactly before and hidden from the screening, so their
-addends do not widen it. Rows are walked in the order of groups and `by_row`, so the addends
+Members of `Addends` are screened pair by pair, some scored exactly before anything else, and
+hidden from the screening of chunks, so their addends do not widen it. Rows are walked in the order of groups and `by_row`, so the addends
 hardly vary within a chunk.
 """
 
@@ -49,8 +49,10 @@ def nearest(task: Task, queries: slice) -> tuple[Tensor, Tensor]:
         with plain_gemm(), ThreadPoolExecutor(len(task.devices)) as pool:
             workers = [Worker(walk, device) for device in task.devices]
             if len(walk.starts) * task.block < 2 * CHUNK * task.k:
+                walk.score_members(pool, len(task.span))
                 walk.share(pool, workers, Worker.score_exactly, walk.starts)
             else:
+                walk.score_members(pool, task.k)
                 walk.share(pool, workers, Worker.sample, walk.sampled())
                 walk.start()
                 walk.share(pool, workers, Worker.screen, walk.starts)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kit.features.certified.members import Hidden
 from kit.features.certified.task import CHUNK, NOTHING, Task, pack, unpack, uses_screen
 from kit.features.screen import Bounds, refuse_odd, widest
 
@@ -58,8 +59,8 @@ class Walk:
         self.low: list[Tensor] = []  # (Q, chunks) of the sample
         self.order = task.order()
         self.starts = range(0, len(task.span), task.block)
+        self.hidden = Hidden(task, self.addends, self.order)
         self._margins()
-        self._members()
 
     def _margins(self) -> None:
         task = self.task
@@ -82,7 +83,7 @@ class Walk:
             for side in task.sides
         ]
         given = (self.addends.by_row, self.addends.by_group)
-        self.largest = sum(
+        self.largest = self.hidden.largest() + sum(
             values.abs().max().item()
             for values in given
             if values is not None and values.numel()
@@ -107,29 +108,11 @@ class Walk:
         margin += 2.0**-20 * (reach + self.largest)  # slack
         return (margin * 1.0001).float()
 
-    def _members(self) -> None:
-        """Scores all members exactly and hides them from the screening."""
-        self.hidden = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-        if self.addends.members is None:
-            return
-        starts, rows, values = (part.cpu() for part in self.addends.members)
-        query = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-        span, skip = self.task.span, self.task.skip
-        kept = (rows >= span.start) & (rows < span.stop)
-        if skip is not None:
-            kept &= ~skip[rows]
-        query, rows, values = query[kept], rows[kept], values[kept].double()
-        for low in range(0, len(rows), PAIRS):
-            here = slice(low, low + PAIRS)
-            scores = self._score(query[here], rows[here]) + values[here]
-            self._found(query[here], rows[here], scores)
-        places = rows - span.start
-        if self.order is not None:
-            inverse = torch.empty_like(self.order)
-            inverse[self.order - span.start] = torch.arange(len(span))
-            places = inverse[places]
-        order = places.argsort()
-        self.hidden = places[order], query[order]
+    def score_members(self, pool: ThreadPoolExecutor, most: int) -> None:
+        """Scores each query's `most` members of largest addend exactly, for a first floor."""
+        query, position = self.hidden.take(most)
+        if len(query):
+            self._found(query, position, self._scores(pool, query, position))
 
     def positions(self, start: int) -> Tensor:
         """(n,) positions that the block at `start` holds."""
@@ -242,28 +225,27 @@ class Walk:
             part = part.of(part.high >= self.floor.numpy()[part.query])
             query = torch.from_numpy(part.query).long()
             position = torch.from_numpy(part.position)
-            pairs = list(zip(query.split(PAIRS), position.split(PAIRS), strict=True))
-            scores = list(pool.map(lambda pair: self._score(*pair), pairs))
-            if scores:
-                self._found(query, position, torch.cat(scores))
+            if len(query):
+                self._found(query, position, self._scores(pool, query, position))
         self.pending = []
 
+    def _scores(
+        self, pool: ThreadPoolExecutor, query: Tensor, position: Tensor
+    ) -> Tensor:
+        """(P,) float64: exact scores of pairs, by all workers."""
+        pairs = zip(query.split(PAIRS), position.split(PAIRS), strict=True)
+        return torch.cat(list(pool.map(lambda pair: self._score(*pair), pairs)))
+
     def _score(self, query: Tensor, position: Tensor) -> Tensor:
-        """(P,) float64: exact scores of pairs, without members."""
+        """(P,) float64: exact scores of pairs."""
         total = torch.zeros(len(query), dtype=torch.float64)
         numbers = self.task.number(position)
         for side, exact in zip(self.task.sides, self.exact, strict=True):
             rows = side.vectors[numbers.to(side.vectors.device)].cpu().float().double()
             products = np.einsum("pd,pd->p", rows.numpy(), exact[query].numpy())
             total += side.weight * torch.from_numpy(products)
-        by_row, groups = self.addends.by_row, self.addends.groups
-        if by_row is not None:
-            total += by_row[position].double()
-        if groups is not None:
-            group = groups[position]
-            value = self.addends.by_group[query, group].double()
-            total += torch.where(group >= 0, value, 0.0)
-        return total
+        total += self.addends.common(query, position)
+        return total + self.hidden.values(query, position)
 
     def _found(self, query: Tensor, position: Tensor, scores: Tensor) -> None:
         """Adds exact scores of pairs to the best, and raises the floors to the k-th."""

@@ -46,7 +46,7 @@ class Worker:
         -inf where there is no row, or none to be found.
         """
         self._buffers()
-        walk, positions = self.walk, self.walk.positions(start)
+        positions = self.walk.positions(start)
         rows = self._rows(start, positions)
         full = -(-len(rows) // CHUNK) * CHUNK
         scores = self.scores[:full]
@@ -54,13 +54,18 @@ class Worker:
         scores[len(rows) :] = -torch.inf
         if self.task.skip is not None:
             scores[: len(rows)][self.task.skip[positions].to(self.device)] = -torch.inf
-        places, query = walk.hidden
-        ends = torch.tensor([start, start + len(rows)])
-        low, high = torch.searchsorted(places, ends).tolist()
-        if high > low:
-            hidden = (places[low:high] - start).to(self.device)
-            scores[hidden, query[low:high].to(self.device)] = -torch.inf
         return scores, positions
+
+    def _hide(self, start: int, scores: Tensor) -> tuple[Tensor, ...]:
+        """Takes the members out of the scores: their places, queries and scores with addends."""
+        place, query, addend = (
+            part.to(self.device)
+            for part in self.walk.hidden.of_block(start, start + len(scores))
+        )
+        value = scores[place, query].float()
+        scores[place, query] = -torch.inf
+        half = half_unit(value, scores.dtype) + self.walk.margin.to(self.device)[query]
+        return place, query, value + addend, half
 
     def _rows(self, start: int, positions: Tensor) -> Tensor:
         """(n, sum of D) rows of all models in the screening type."""
@@ -119,6 +124,7 @@ class Worker:
     def sample(self, start: int) -> None:
         """Notes lower bounds of the best row of each chunk."""
         scores, positions = self._gemm(start)
+        self._hide(start, scores)
         best = scores.view(-1, CHUNK, scores.shape[1]).amax(1).float()
         low = best - half_unit(best, scores.dtype) + self._by_chunk(positions)[0]
         low = (low.cpu() - self.walk.margin).T.contiguous()
@@ -128,6 +134,7 @@ class Worker:
     def screen(self, start: int) -> None:
         """Notes the rows of a block that may be among the best."""
         scores, positions = self._gemm(start)
+        self._found(positions, *self._hide(start, scores))
         margin = self.walk.margin
         wanted = (self.walk.floor - margin).to(self.device)
         chunk, query = self._chunks(scores, wanted, self._by_chunk(positions))
@@ -140,8 +147,23 @@ class Worker:
         value, query = values[hit, within].float(), query[hit]
         half = half_unit(value, scores.dtype) + margin.to(self.device)[query]
         value += addend.expand(values.shape)[hit, within]
-        position = positions[(chunk[hit] * CHUNK + within).cpu()]
-        columns = (query.short(), position, value - half, value + half)
+        self._found(positions, chunk[hit] * CHUNK + within, query, value, half)
+
+    def _found(
+        self,
+        positions: Tensor,
+        place: Tensor,
+        query: Tensor,
+        value: Tensor,
+        half: Tensor,
+    ) -> None:
+        """Notes which pairs of the block may be among the best: value - half to value + half."""
+        high = value + half
+        may = high >= self.walk.floor.to(self.device)[query]
+        may &= value > -torch.inf
+        place, query, high = place[may], query[may], high[may]
+        low = value[may] - half[may]
+        columns = (query.short(), positions[place.cpu()], low, high)
         self.walk.found(Pending(*(column.cpu().numpy() for column in columns)))
 
     def _chunks(
@@ -168,7 +190,6 @@ class Worker:
     def score_exactly(self, start: int) -> None:
         """Scores a whole block in float64, some rows at a time."""
         walk, task = self.walk, self.task
-        places, hidden_query = walk.hidden
         for low in range(0, task.block, EXACT):
             positions = walk.positions(start)[low : low + EXACT]
             if not len(positions):
@@ -178,19 +199,14 @@ class Worker:
                 rows = side.vectors[numbers.to(side.vectors.device)].cpu().double()
                 refuse_odd(torch.linalg.vector_norm(rows, dim=1), numbers)
                 total = total + side.weight * (exact @ rows.T)
-            addends = walk.addends
-            if addends.by_row is not None:
-                total += addends.by_row[positions].double()
-            if addends.groups is not None:
-                group = addends.groups[positions]
-                table = addends.by_group.double()[:, group]
-                total += torch.where(group >= 0, table, 0.0)
+            queries = torch.arange(len(total))[:, None]
+            total += walk.addends.common(queries, positions)
             keys = pack(total.float(), positions.expand(len(total), -1))
             if task.skip is not None:
                 keys[:, task.skip[positions]] = NOTHING
-            ends = torch.tensor([start + low, start + low + len(positions)])
-            first, last = torch.searchsorted(places, ends).tolist()
-            keys[hidden_query[first:last], places[first:last] - start - low] = NOTHING
+            first = start + low
+            place, query, _ = walk.hidden.of_block(first, first + len(positions))
+            keys[query, place] = NOTHING
             few = keys.topk(min(task.k, keys.shape[1]), dim=1).values
             with walk.lock:
                 walk.keep(few)
