@@ -109,6 +109,29 @@ def show(row: Row) -> None:
     )
 
 
+def draw(title: str, rows: list[Row], path: Path) -> None:
+    """A bar a row: its ratio over its goal, which is the line at 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [row["ratio"] / row["goal"] for row in rows]
+    colours = ["#3a7ca5" if row["holds"] else "#c1440e" for row in rows]
+    bars = axes.barh(range(len(rows)), shares, color=colours)
+    told = [f"{row['ratio']:.3g} (goal {row['goal']:g})" for row in rows]
+    axes.bar_label(bars, told, padding=4)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min(shares) / 2, max(shares) * 8)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio over its goal; both sides in one process")
+    if any(row["sampled"] for row in rows):
+        title += ", smaller than the goals' size"
+    axes.set_title(title + "\n" + machine())
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     here = Path(__file__).parent
     suites = sorted(path.stem[len("bench_") :] for path in here.glob("bench_*.py"))
@@ -116,6 +139,7 @@ def main() -> None:
     parser.add_argument("suite", choices=suites)
     parser.add_argument("--quick", action="store_true", help="small, in seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw them here")
     given = parser.parse_args()
     suite = importlib.import_module(f"bench_{given.suite}")
     print(f"{'':52} {'ours':>10} {'theirs':>10} {'ratio':>9}")
@@ -128,6 +152,9 @@ def main() -> None:
     finally:  # a row that fails does not take the others with it
         if given.json:
             files.write_json(given.json, rows)
+    rows = [row for row in rows if row["goal"]]
+    if given.chart and rows:
+        draw(given.suite, rows, given.chart)
     print(machine())
 
 

@@ -25,7 +25,7 @@ FLOORS = [
 STRANGERS = [("kit.features", "kit.training")]
 DOORS = {
     "timm": {"models", "training", "data/pixels.py"},
-    "faiss": {"features/approximate.py", "scripts/bench_search.py"},
+    "faiss": {"features/approximate.py", "scripts/bench_knn.py"},
     "kaggle": {"kaggle/publish.py"},
     "papermill": {"pipeline.py"},
     "cv2": {"data", "rerank/local", "scripts/bench_loader.py"},
