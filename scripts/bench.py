@@ -75,6 +75,10 @@ class Bench:
             "machine": machine(),
         }
 
+    def told(self, name: str, **numbers: float | str) -> Row:
+        """What was found, without a goal."""
+        return {"name": name, "numbers": numbers, "machine": machine()}
+
     def missing(self, name: str, why: str) -> Row:
         """A row that this machine cannot give; it is printed and not written."""
         return {"name": name, "missing": why}
@@ -96,6 +100,10 @@ def machine() -> str:
 def show(row: Row) -> None:
     if "missing" in row:
         print(f"{row['name']:52}  not measured: {row['missing']}", flush=True)
+        return
+    if "numbers" in row:
+        numbers = "  ".join(f"{name} {it}" for name, it in row["numbers"].items())
+        print(f"{row['name']:52} {numbers}", flush=True)
         return
     sides = " ".join(
         f"{'' if row[side] is None else f'{row[side]:.4g} s':>10}"
@@ -152,7 +160,7 @@ def main() -> None:
     finally:  # a row that fails does not take the others with it
         if given.json:
             files.write_json(given.json, rows)
-    rows = [row for row in rows if row["goal"]]
+    rows = [row for row in rows if row.get("goal")]
     if given.chart and rows:
         draw(given.suite, rows, given.chart)
     print(machine())

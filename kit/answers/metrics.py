@@ -101,8 +101,12 @@ def gain(
     half: str = "Private",
     draws: int = 2_000,
     seed: int = 0,
+    per_landmark: bool = False,
 ) -> Gain:
-    """Paired bootstrap (Efron and Tibshirani, 1993) over landmarks, which are redrawn whole."""
+    """Paired bootstrap (Efron and Tibshirani, 1993) over landmarks, which are redrawn whole.
+
+    per_landmark: every landmark counts as much as any other, however many queries it has.
+    """
     if not before.queries["id"].equals(after.queries["id"]):
         raise ValueError("a gain needs two scores of the same queries")
     chosen = (after.queries["usage"] == half).to_numpy()
@@ -111,9 +115,13 @@ def gain(
     gains = (after.queries["ap"] - before.queries["ap"]).to_numpy()[chosen]
     owner = np.unique(after.queries["landmark"][chosen], return_inverse=True)[1]
     sums, counts = np.bincount(owner, gains), np.bincount(owner)
+    if per_landmark:
+        sums, counts = sums / counts, np.ones_like(counts)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    return Gain(float(gains.mean()), *np.quantile(means, [0.025, 0.975]).tolist())
+    return Gain(
+        float(sums.sum() / counts.sum()), *np.quantile(means, [0.025, 0.975]).tolist()
+    )
 
 
 def evaluate_file(path: Path, solution: Path) -> Score:

@@ -25,7 +25,7 @@ class Pictures:
     folder: Path
     lists: Mapping[str, lists.ImageList]  # by what they are: query, index
     processes: int = 0  # that describe and verify; 0: this one
-    known: dict[tuple[str, int], "Counts"] = field(
+    known: dict[tuple[str, str, int], "Counts"] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -41,16 +41,19 @@ class Pictures:
             processes=self.processes,
         )
 
-    def inliers(self, rows: Tensor, backend: str, side: int) -> Tensor:
-        """(Q, k) int32 of each query with its index rows (Q, k); 0 where the row is below 0."""
-        query, index = (self(which, backend, side) for which in ("query", "index"))
-        counts = self.known.setdefault((backend, side), Counts())
-        pairs = np.arange(len(rows))[:, None] * len(index) + rows.numpy()
+    def inliers(self, of: str, rows: Tensor, backend: str, side: int) -> Tensor:
+        """(n, k) int32 of each query or index image (`of`) with its index rows (n, k); 0 where the
+        row is below 0.
+        """
+        index = self("index", backend, side)
+        images = index if of == "index" else self(of, backend, side)
+        counts = self.known.setdefault((of, backend, side), Counts())
+        pairs = _pairs(rows.numpy(), len(index), mutual=of == "index")
         asked = (rows.numpy() >= 0) & ~np.isin(pairs, counts.pairs)
         if asked.any():
             fresh = verification.shortlist_inliers(
                 rows.masked_fill(torch.from_numpy(~asked), -1),
-                query,
+                images,
                 index,
                 verification.backend(backend),
                 processes=self.processes,
@@ -74,6 +77,14 @@ class Counts:
         """Of pairs that are known; of others anything."""
         places = np.searchsorted(self.pairs, pairs).clip(max=len(self.pairs) - 1)
         return self.counts[places]
+
+
+def _pairs(rows: np.ndarray, size: int, mutual: bool) -> np.ndarray:
+    """A number for each pair of own and named row; the same both ways round if mutual."""
+    own = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)
+    if mutual:
+        own, rows = np.minimum(own, rows), np.maximum(own, rows)
+    return own * size + rows
 
 
 @dataclass(frozen=True)

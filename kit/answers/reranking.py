@@ -150,11 +150,22 @@ def _(step: steps.Smoothing, scene: Scene) -> Scene:
 
 @move.register
 def _(step: steps.VerifiedQe, scene: Scene) -> Scene:
-    scores, rows = scene.near(QUERY, INDEX, step.shortlist)
-    inliers = verified(scene, rows, step.backend, step.side)
+    return _verified_expansion(step, scene, QUERY)
+
+
+@move.register
+def _(step: steps.VerifiedDba, scene: Scene) -> Scene:
+    return _verified_expansion(step, scene, INDEX)
+
+
+def _verified_expansion(
+    step: steps.VerifiedQe | steps.VerifiedDba, scene: Scene, which: str
+) -> Scene:
+    scores, rows = scene.near(which, INDEX, step.shortlist)
+    inliers = verified(scene, which, rows, step.backend, step.side)
     near = expansion.verified(scores, rows, inliers, step.least_inliers, step.most)
-    moved = expansion.expand(scene.tensor(QUERY), scene.tensor(INDEX), *near)
-    return scene.moved(QUERY, moved)
+    moved = expansion.expand(scene.tensor(which), scene.tensor(INDEX), *near)
+    return scene.moved(which, moved)
 
 
 # --- score bonuses ------------------------------------------------------------------------------
@@ -326,7 +337,7 @@ def _(
 def _(
     step: steps.Local, scene: Scene, scores: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    inliers = verified(scene, rows[:, : step.top], step.backend, step.side)
+    inliers = verified(scene, QUERY, rows[:, : step.top], step.backend, step.side)
     rows, scores = folding.fold(
         rows, scores, inliers, step.top, step.weight, step.most, step.least_inliers
     )
@@ -350,11 +361,11 @@ def predicted(
     )
 
 
-def verified(scene: Scene, rows: Tensor, backend: str, side: int) -> Tensor:
-    """(Q, k) inliers of each query with its ranking's rows (Q, k)."""
+def verified(scene: Scene, of: str, rows: Tensor, backend: str, side: int) -> Tensor:
+    """(n, k) inliers of each query or index image with its ranking's rows (n, k)."""
     if scene.pictures is None:
         raise ValueError("local verification needs the images: give their folder")
-    return scene.pictures.inliers(rows, backend, side)
+    return scene.pictures.inliers(of, rows, backend, side)
 
 
 def without_self(near: Neighbours, first: int) -> Neighbours:

@@ -21,6 +21,7 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "alpha_qe": {"neighbours": (1, 12), "alpha": (0.0, 6.0)},
     "smoothing": {"neighbours": (2, 10), "beta": (0.05, 0.5), "iterations": (1, 3)},
     "verified_qe": {"most": (1, 8), "least_inliers": (10, 90)},
+    "verified_dba": {"most": (1, 8), "least_inliers": (10, 90)},
     "landmark_country": {
         "landmark": (0.0, 1.0),
         "country": (0.0, 0.2),

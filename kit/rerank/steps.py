@@ -121,6 +121,24 @@ class VerifiedQe(
     side: int = 800  # longest side of the pictures, pixels
 
 
+@dataclass(frozen=True)
+class VerifiedDba(
+    Step,
+    name="verified_dba",
+    kind=FEATURES,
+    least={"shortlist": 2, "most": 1, "least_inliers": 1},
+):
+    """Index images moved towards others that local features confirm (kit.rerank.expansion)."""
+
+    shortlist: int = (
+        101  # nearest index images that are verified; the image itself is one
+    )
+    most: int = 5
+    least_inliers: int = 90  # fewer count as none
+    backend: str = "sift"
+    side: int = 800  # longest side of the pictures, pixels
+
+
 # --- score bonus --------------------------------------------------------------------------------
 
 
@@ -284,7 +302,7 @@ class Local(
 STEPS: dict[str, type[Step]] = {
     step.name: step
     for step in (
-        *(Whitening, Dba, AlphaQe, Smoothing, VerifiedQe),
+        *(Whitening, Dba, AlphaQe, Smoothing, VerifiedQe, VerifiedDba),
         *(LandmarkCountry, SoftLabels, SameLabel),
         *(SortInsert, Category, CategoryExpansion),
         *(KReciprocal, Diffusion, Traversal, Refine, Local),

@@ -79,7 +79,7 @@ def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, monkeypa
     monkeypatch.setattr(verification, "shortlist_inliers", counted)
     found = pictures(data)
     rows = torch.tensor([[2, 0, -1], [-1, 1, 2]])
-    first = found.inliers(rows, "sift", 200)
+    first = found.inliers("query", rows, "sift", 200)
     paths = found.lists["index"].rows["path"].tolist()
     owners = found.lists["query"].rows["path"].tolist()
     for query, places in enumerate(rows.tolist()):
@@ -89,11 +89,35 @@ def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, monkeypa
                 and paths[row] == owners[query].replace("q", "i", 1)[:-4] + "0.jpg"
             )
             assert (first[query, place] > 20) == same
-    again = found.inliers(rows.flip(1), "sift", 200)
+    again = found.inliers("query", rows.flip(1), "sift", 200)
     assert torch.equal(again, first.flip(1)) and asked == [4]
-    wider = found.inliers(torch.tensor([[3, 2, 1, 0], [0, 1, 2, 3]]), "sift", 200)
+    wider = found.inliers(
+        "query", torch.tensor([[3, 2, 1, 0], [0, 1, 2, 3]]), "sift", 200
+    )
     assert asked == [4, 4]
     assert torch.equal(wider[0, [1, 3]], first[0, :2])
     assert torch.equal(wider[1, 1:3], first[1, 1:])
-    found.inliers(rows, "sift", 100)  # another side knows nothing of it
+    found.inliers("query", rows, "sift", 100)  # another side knows nothing of it
     assert asked == [4, 4, 4]
+
+
+def test_a_pair_of_index_images_is_verified_once_both_ways_round(data, monkeypatch):
+    asked = []
+    work = verification.shortlist_inliers
+
+    def counted(rows, *given, **options):
+        asked.append(int((rows >= 0).sum()))
+        return work(rows, *given, **options)
+
+    monkeypatch.setattr(verification, "shortlist_inliers", counted)
+    found = pictures(data)
+    paths = found.lists["index"].rows["path"].tolist()
+    one, other = paths.index("ia0.jpg"), paths.index("ia1.jpg")
+    rows = torch.full((4, 1), -1)
+    rows[one] = other
+    first = found.inliers("index", rows, "sift", 200)
+    assert first[one, 0] > 20 and first.sum() == first[one, 0]
+    back = torch.full((4, 2), -1)
+    back[other] = torch.tensor([other, one])  # itself is no evidence
+    again = found.inliers("index", back, "sift", 200)
+    assert again[other].tolist() == [0, first[one, 0]] and asked == [1, 1]

@@ -26,7 +26,8 @@ from tests.answers.scenes import (
 )
 
 SEARCH = {name: kind() for name, kind in steps.STEPS.items() if kind.name != "local"}
-SEARCH.pop("verified_qe")  # both need pictures
+for name in ("verified_qe", "verified_dba"):  # all three need pictures
+    SEARCH.pop(name)
 TUNED = steps.LandmarkCountry(0.3, 0.2)
 
 
@@ -253,6 +254,19 @@ def test_local_features_bring_the_same_texture_to_the_front():
     assert not np.array_equal(
         expanded.models[0].query.vectors, at.models[0].query.vectors
     )
+    of_index = reranking.move(steps.VerifiedDba(6, 3, least_inliers=15), at).models[0]
+    assert np.array_equal(of_index.query.vectors, at.models[0].query.vectors)
+    rows = at.near(INDEX, INDEX, 6).rows
+    stored = at.stored(INDEX).double()
+    for image in (0, 41):
+        same = [r for r in rows[image].tolist() if r != image and r % 4 == image % 4][
+            :3
+        ]
+        wanted = stored[image] + sum(
+            (stored[r] @ stored[image]) * stored[r] for r in same
+        )
+        found = torch.from_numpy(of_index.index.vectors[image]).double()
+        assert same and torch.dist(found, wanted / wanted.norm()) < 2e-3
 
 
 def test_local_verification_without_images_says_so():

@@ -1,0 +1,248 @@
+"""Rows of the suite `quality`: what each step of a rerank is worth on real photos.
+
+LANDMARK_DATA names the folder of the photos. Two kinds of features:
+
+    trained      packages, by the last stage of the recipe KIT_RECIPE (toy) in the work folder
+                 KIT_DEMO, which scripts/demo.sh or scripts/run_pipeline.py fills
+    untrained    landmarks, and packages to choose by: the pretrained network and GeM, at a
+                 longest side of 320 pixels
+
+Every parameter is chosen on the public half of packages; trained features are reported on its
+private half, untrained ones on landmarks, each landmark counting the same. `published` is a step
+with its defaults, `tuned` with what was chosen, `chain` what forward selection found.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench import ROOT, Bench, Row
+
+from kit.answers import metrics, tuning
+from kit.answers.retrieval import Scenes
+from kit.data import lists, sources
+from kit.features import extract
+from kit.features.views import Views
+from kit.rerank import steps
+from kit.rerank.chain import Chain
+from kit.rerank.steps import STEPS, Step
+from kit.training import recipes
+
+SIDE, TRIALS, LEAST = 320, 24, 0.001  # pixels; for each step; gain that a step is worth
+GOALS = {"packages": 0.03, "landmarks": 0.06}  # gain of the best chain over search
+LABELLED = ("landmark_country", "soft_labels", "same_label", "sort_insert") + (
+    "category",
+    "category_expansion",
+)
+TRANSDUCTIVE = ("k_reciprocal",)  # other queries are neighbours
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Features of one dataset and its answers."""
+
+    scenes: Scenes
+    model: str
+    solution: Any  # a table of sources.read_solution
+    per_landmark: bool = False
+    scores: dict[str, metrics.Score] = field(default_factory=dict)
+
+    @property
+    def search(self) -> Chain:
+        return Chain({self.model: 1.0})
+
+    def score(self, chain: Chain) -> metrics.Score:
+        told = str(chain)
+        if told not in self.scores:
+            self.scores[told] = metrics.evaluate(
+                *self.scenes.answers(chain), self.solution
+            )
+        return self.scores[told]
+
+    def public(self, chain: Chain) -> float:
+        return self.score(chain).public
+
+    def gain(self, chain: Chain) -> metrics.Gain:
+        """Over search, on the half that nothing is chosen by."""
+        pair = self.score(self.search), self.score(chain)
+        return metrics.gain(*pair, per_landmark=self.per_landmark)
+
+    def value(self, chain: Chain) -> float:
+        queries = self.score(chain).queries
+        queries = queries[queries["usage"] == "Private"]
+        if self.per_landmark:
+            return float(queries.groupby("landmark")["ap"].mean().mean())
+        return float(queries["ap"].mean())
+
+
+def trained_rows(bench: Bench) -> Iterator[Row]:
+    """Packages: every step, on its private half."""
+    work, recipe = Path(os.environ.get("KIT_DEMO", "")), _recipe()
+    data = _photos("packages")
+    if data is None or not os.environ.get("KIT_DEMO"):
+        yield bench.missing(
+            "trained", "LANDMARK_DATA or KIT_DEMO names no folder of packages"
+        )
+        return
+    names = ("query", "index", "index_train_holdout")
+    found = [lists.load(work / "lists", name) for name in names]
+    folder = work / "features" / recipe.name
+    scenes = Scenes(folder, *found, data, work / "graph" / recipe.name, _cores())
+    solution = sources.read_solution(work / "lists" / "solution.csv")
+    photos = Photos(scenes, recipe.stages[-1].name, solution)
+    yield from _table(bench, photos, photos, f"packages, {recipe.name}", "packages", ())
+
+
+def untrained_rows(bench: Bench) -> Iterator[Row]:
+    """Landmarks: every step without labels, by parameters chosen on packages."""
+    places = [_photos(name) for name in ("landmarks", "packages")]
+    if None in places:
+        yield bench.missing("untrained", "LANDMARK_DATA names no folder of photos")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        seen, chosen = (
+            _untrained(data, Path(name) / data.name)
+            for data in places
+            if data is not None
+        )
+        # nothing is chosen by these photos, so all of their queries report
+        whole = seen.solution.assign(usage="Private")
+        seen = replace(seen, solution=whole, per_landmark=True)
+        yield from _table(
+            bench, chosen, seen, "landmarks, untrained", "landmarks", LABELLED
+        )
+
+
+def _table(
+    bench: Bench,
+    chosen: Photos,
+    reported: Photos,
+    title: str,
+    goal: str,
+    without: Sequence[str],
+) -> Iterator[Row]:
+    """The rows of one dataset; what is chosen is chosen by another, or by its public half."""
+    plain = f"{reported.value(reported.search):.4f}"
+    yield bench.told(f"{title}: search", mAP=plain)
+    tuned = []
+    for step in _steps(without, 3 if bench.quick else None):
+        try:
+            better = tuning.tuned(
+                chosen.search, step, chosen.public, 2 if bench.quick else TRIALS
+            )
+        except ModuleNotFoundError as error:
+            yield bench.missing(f"{title}: {step}", str(error))
+            continue
+        tuned.append(better)
+        for kind, one in (("published", step), ("tuned", better)):
+            yield _told(bench, f"{title}: {kind} {one}", reported, one)
+    kinds = {"": tuned}
+    alone = [step for step in tuned if not _transductive(step)]
+    if len(alone) < len(tuned):
+        kinds = {" (no other query)": alone, " (any step)": tuned}
+    best = []
+    for about, candidates in kinds.items():
+        chain = _selected(chosen.search, candidates, chosen.public)
+        yield _told(bench, f"{title}: chain{about}", reported, *chain.steps)
+        best.append(reported.gain(replace(chain, models=reported.search.models)).mean)
+    yield bench.row(f"{title}: best chain over search", max(best), GOALS[goal], False)
+
+
+def _told(bench: Bench, name: str, photos: Photos, *chosen: Step) -> Row:
+    chain = replace(photos.search, steps=chosen)
+    gain = photos.gain(chain)
+    steps = "; ".join(map(str, chosen))
+    return bench.told(name, mAP=f"{photos.value(chain):.4f}", gain=str(gain), of=steps)
+
+
+def _selected(
+    chain: Chain, candidates: Sequence[Step], score: Callable[[Chain], float]
+) -> Chain:
+    """Forward selection: the step that adds most, tuned in its place, until none adds LEAST."""
+    left, reached = list(candidates), score(chain)
+    while left:
+        step = max(left, key=lambda each: score(tuning.with_step(chain, each)))
+        step = tuning.tuned(chain, step, score, TRIALS)
+        longer = tuning.with_step(chain, step)
+        if score(longer) < reached + LEAST:
+            return chain
+        chain, reached = longer, score(longer)
+        left = [each for each in left if each.name != step.name]
+    return chain
+
+
+def _steps(without: Sequence[str], most: int | None) -> list[Step]:
+    """Every step as published, and those that have variants in all of them."""
+    found = [STEPS[name]() for name in STEPS if name not in without]
+    more: list[Step] = []
+    for step in found:
+        if isinstance(step, steps.Local | steps.VerifiedQe | steps.VerifiedDba):
+            more.append(replace(step, backend="xfeat"))
+        if isinstance(step, steps.LandmarkCountry):
+            more += [
+                replace(step, query_tags="k_reciprocal"),
+                replace(step, index_tags="average"),
+            ]
+        if isinstance(step, steps.Whitening):
+            more.append(replace(step, supervised=False))
+    unlabelled = [s for s in more + found if not (without and _learns(s))]
+    return sorted(unlabelled, key=lambda s: list(STEPS).index(s.name))[:most]
+
+
+def _learns(step: Step) -> bool:
+    return isinstance(step, steps.Whitening) and step.supervised
+
+
+def _transductive(step: Step) -> bool:
+    return step.name in TRANSDUCTIVE or getattr(step, "transductive", False)
+
+
+def _untrained(data: Path, work: Path) -> Photos:
+    """The pretrained network's features of queries and index, extracted here."""
+    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    names = ("query", "index")
+    lists.build(
+        sources.official(data),
+        data,
+        work / "lists",
+        continents,
+        wanted=(*names, "solution"),
+    )
+    net = _recipe().network("recipe", ROOT / "weights")
+    extract.untrained(net, work / "runs" / recipes.UNTRAINED)
+    for name in names:
+        extract.run(
+            extract.Job(
+                work / "runs",
+                (recipes.UNTRAINED,),
+                work / "lists",
+                name,
+                data,
+                work / "features",
+                Views(SIDE, "longest"),
+                batch=8,
+            )
+        )
+    found = [lists.load(work / "lists", name) for name in names]
+    scenes = Scenes(work / "features", *found, data=data, processes=_cores())
+    solution = sources.read_solution(work / "lists" / "solution.csv")
+    return Photos(scenes, recipes.UNTRAINED, solution)
+
+
+def _recipe() -> recipes.Recipe:
+    return recipes.get(os.environ.get("KIT_RECIPE", "toy"))
+
+
+def _photos(name: str) -> Path | None:
+    found = ROOT / os.environ.get("LANDMARK_DATA", "none") / name
+    return found if found.is_dir() else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+ROWS = [trained_rows, untrained_rows]
