@@ -60,19 +60,19 @@ def evaluate(
             f"query {asked['id'][row < 0].iloc[0]} of the solution has no answer "
             f"({int((row < 0).sum())} missing)"
         )
-    truth = asked["images"].str.split().explode().dropna()
-    known = pd.Index(truth.unique())
-    truth_keys = truth.index.to_numpy() * len(known) + known.get_indexer(truth)
-    ranked = ranked[row, :k]
-    empty = ((0, 0), (0, k - ranked.shape[1]))
-    ranked = np.pad(ranked, empty, constant_values="")
-    code = known.get_indexer(ranked.ravel())
-    keys = np.repeat(np.arange(len(asked)), k) * len(known) + code
-    hits = (code >= 0) & np.isin(keys, truth_keys)
-    once = np.zeros(len(keys), dtype=bool)
-    once[np.unique(keys, return_index=True)[1]] = True
-    positives = asked["images"].str.split().str.len().to_numpy()
-    ap = average_precision((hits & once).reshape(len(asked), k), positives)
+    truth = [images.split() for images in asked["images"]]
+    hits = np.zeros((len(asked), k), dtype=bool)
+    # sets take less than half the time that tables and arrays of text do
+    for images, ranking, places in zip(
+        truth, ranked[row, :k].tolist(), hits, strict=True
+    ):
+        left = set(images)
+        for place, image in enumerate(ranking):
+            if image in left:
+                left.remove(image)
+                places[place] = True
+    positives = np.array([len(images) for images in truth], dtype=int)
+    ap = average_precision(hits, positives)
     landmark = pd.factorize(asked["images"])[0]
     queries = asked[["id", "usage"]].assign(
         positives=positives, landmark=landmark, ap=ap

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kit.rerank import order
 
-ROWS = 4096  # expanded at a time
+ROWS = {"cpu": 512}  # expanded at a time: their sums stay in a core's cache
 GATHERED = {"cpu": 2**20}  # numbers gathered at a time: 4 MB; elsewhere 256 MB
 Weigh = Callable[[Tensor], Tensor]  # cosines (n, m), best first -> weights (n, m)
 
@@ -161,20 +161,26 @@ def _expand(
             f"out {tuple(out.shape)} must be of shape {tuple(own.shape)} and not the "
             "features themselves"
         )
-    for start in range(0, len(own), ROWS):
-        block = slice(start, min(start + ROWS, len(own)))
+    step = ROWS.get(own.device.type, 2**15)
+    for start in range(0, len(own), step):
+        block = slice(start, min(start + step, len(own)))
         rows, weights = neighbours(block)
         weights = torch.where(rows >= 0, weights, 0.0).float()
-        sums = own[block].float() + _weighted(features, rows.clamp(min=0), weights)
-        sums *= own[block].any(dim=1, keepdim=True)
+        itself = own[block].float()
+        sums = itself + _weighted(features, rows.clamp(min=0), weights)
+        sums *= torch.linalg.vector_norm(itself, dim=1, keepdim=True) > 0
         out[block] = F.normalize(sums, dim=1)
     return out
 
 
 def _weighted(features: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """(n, D) float32 sums of features at rows (n, m), a few at a time: what is gathered stays in
-    the processor's cache until it is summed.
+    """(n, D) float32 sums of features at rows (n, m).
+
+    Short floats are gathered a few at a time, to stay in the processor's cache until they are
+    summed: embedding_bag would round weights and sums to their type.
     """
+    if features.dtype == torch.float32 and rows.numel():
+        return F.embedding_bag(rows, features, mode="sum", per_sample_weights=weights)
     sums = weights.new_empty(len(rows), features.shape[1])
     numbers = GATHERED.get(features.device.type, 2**26)
     size = max(1, numbers // max(1, rows.shape[1] * features.shape[1]))

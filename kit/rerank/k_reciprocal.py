@@ -16,8 +16,8 @@ from kit.rerank import order
 from kit.rerank.inverted import Inverted, invert, ranges
 
 ROWS = 1024  # encoded at a time
-PAIRS = 4096  # cosines at a time: 16 MB at 512 dimensions
-CELLS = 1 << 23  # of a dense block of distances: 32 MB
+PAIRS = 256  # cosines at a time: at 512 dimensions they stay in a core's cache
+CELLS = 1 << 20  # of a dense block of overlaps: 4 MB
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,12 @@ def jaccard(encoding: Encoding, of: Tensor) -> Tensor:
 
     1 - m / (2 - m), where m sums over the columns the smaller of the two rows' values.
     """
-    overlap = _overlap(encoding, invert(encoding.columns), of)
-    return 1 - overlap / (2 - overlap)
+    inverse, block = invert(encoding.columns), _block(encoding)
+    distances = encoding.values.new_empty(len(of), len(encoding.starts) - 1)
+    for some, part in zip(of.split(block), distances.split(block), strict=True):
+        overlap = _overlap(encoding, inverse, some)
+        part.copy_(1 - overlap / (2 - overlap))
+    return distances
 
 
 def jaccard_rerank(
@@ -137,7 +141,7 @@ def jaccard_rerank(
     if len(of) != len(rows):
         raise ValueError(f"a shortlist of {len(rows)} queries, encodings of {len(of)}")
     inverse = invert(encoding.columns)
-    block = max(1, CELLS // (len(encoding.starts) - 1))
+    block = _block(encoding)
     overlaps = [
         _overlap(encoding, inverse, some).gather(
             1, near.clamp(min=0) + encoding.queries
@@ -175,9 +179,14 @@ def _cosines(
     features: Tensor, block: Tensor, owners: Tensor, columns: Tensor
 ) -> Tensor:
     """(M,) cosines of the block's rows, block[owners], with the rows `columns`."""
-    own = features[block].float()
-    parts = zip(owners.split(PAIRS), columns.split(PAIRS), strict=True)
-    return torch.cat([(own[o] * features[c].float()).sum(1) for o, c in parts])
+    cosines = []
+    for one, other in zip(
+        block[owners].split(PAIRS), columns.split(PAIRS), strict=True
+    ):
+        products = features.index_select(0, one).float()
+        products *= features.index_select(0, other)
+        cosines.append(products.sum(1))
+    return torch.cat(cosines)
 
 
 def _expanded(encoding: Encoding, lists: Tensor) -> Encoding:
@@ -205,6 +214,11 @@ def _expanded(encoding: Encoding, lists: Tensor) -> Encoding:
     owners, columns = product.indices()
     starts = torch.searchsorted(owners, torch.arange(size + 1, device=owners.device))
     return Encoding(encoding.queries, starts, columns, product.values())
+
+
+def _block(encoding: Encoding) -> int:
+    """Queries whose overlaps with all of the union are held at a time."""
+    return max(1, CELLS // (len(encoding.starts) - 1))
 
 
 def _overlap(encoding: Encoding, inverse: Inverted, of: Tensor) -> Tensor:

@@ -141,9 +141,11 @@ class Worker:
         values = scores.view(-1, CHUNK, scores.shape[1])[chunk, :, query]
         addend = self._by_hit(positions, chunk, query)
         least = rounded_down(wanted[query, None] - addend, scores.dtype)
-        hit, within = ((values >= least) & (values > -torch.inf)).nonzero(as_tuple=True)
-        if len(hit) > scores.numel() // 16:
+        least = least.clamp(min=torch.finfo(scores.dtype).min)  # hidden ones are -inf
+        places = (values >= least).flatten().nonzero()[:, 0]
+        if len(places) > scores.numel() // 16:
             return self.score_exactly(start)
+        hit, within = places // CHUNK, places % CHUNK
         value, query = values[hit, within].float(), query[hit]
         half = half_unit(value, scores.dtype) + margin.to(self.device)[query]
         value += addend.expand(values.shape)[hit, within]
