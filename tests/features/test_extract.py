@@ -18,14 +18,16 @@ import torch
 from torch.nn import functional as F
 
 from kit import config, files, launch
-from kit.data import images, lists, sources, tars
+from kit.data import images, lists, shards, sources, tars
 from kit.data.inputs import InputSpec
+from kit.data.readers import open_reader
 from kit.features import extract, fill, store
 from kit.features.extract import Job
 from kit.features.views import Views, embed
 from kit.models import net as nets
 
 SPEC = InputSpec(size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+OTHER = replace(SPEC, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
 CROP = replace(SPEC, size=48, resize="crop", colour="bgr")
 SHAPES = [(64, 64), (70, 130), (131, 67), (40, 50), (200, 64), (33, 90), (64, 96)]
 SHAPES += [(75, 100), (100, 70)]
@@ -85,7 +87,7 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     for name, network in {
         "clean": nets.NetConfig("test_resnet", neck="none", input=SPEC),
-        "c2x": nets.NetConfig("test_resnet", dim=16, input=replace(SPEC, std=(1,) * 3)),
+        "c2x": nets.NetConfig("test_resnet", dim=16, input=OTHER),
         "other/all": nets.NetConfig("test_resnet", dim=24, input=CROP),
     }.items():
         found[name] = nets.build(network).eval()
@@ -289,6 +291,32 @@ def test_the_members_of_tars_do_as_well_as_files(data, three, tmp_path):
         assert contents(ours) == contents(theirs)
 
 
+def test_shards_do_as_well_as_the_folder_of_their_pictures(three, data, tmp_path):
+    paths = lists.load(data / "sized", "full").rows["path"]
+    packs = tmp_path / "shards"
+    shards.pack(open_reader(data), paths, packs, side=48, quality=95, per_shard=5)
+    for path in packs.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "folder", filter="data")
+    shapes = {images.read(tmp_path / "folder" / path).shape for path in paths[:5]}
+    assert len(shapes) > 1  # not those that the list says
+    how = Views(template="SS", size=64, scales=(1.0, 0.5), flip=True)
+    models = ("clean", "c2x")
+    job = replace(three, models=models, lists=data / "sized", views=how, workers=1)
+    stores = {
+        name: extract.run(replace(job, data=root, features=tmp_path / f"of {name}"))
+        for name, root in (
+            *(("shards", packs), ("folder", tmp_path / "folder"), ("whole", data)),
+        )
+    }
+    for packed, folder, whole in zip(*stores.values(), strict=True):
+        assert contents(packed) == contents(folder)
+        ours, theirs = store.load(packed), store.load(whole)
+        assert ours.manifest["unreadable"] == theirs.manifest["unreadable"]
+        cosines = (np.float64(ours.vectors) * theirs.vectors).sum(1)
+        assert (cosines[~paths.isin(BAD)] > 0.9).all()
+
+
 # Sizes, shapes and scales
 
 
@@ -424,6 +452,7 @@ def test_batches_hold_one_shape_and_every_row_of_the_block_once(monkeypatch):
         ({"scales": ()}, "scales () are none, or not all above 0"),
         ({"scales": (1.0, 0.0)}, "scales (1.0, 0.0) are none, or not all above 0"),
         ({"multiple": 0}, "multiple is 0, not at least 1"),
+        ({"least": 0}, "least is 0, not at least 1"),
         ({"size": -1}, "size is -1, not at least 0"),
     ],
 )
