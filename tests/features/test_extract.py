@@ -992,6 +992,15 @@ def test_weights_that_give_no_number_are_named_with_the_image(job, net, tmp_path
         extract.run(replace(job, runs=tmp_path, models=("broken",)))
 
 
+def test_a_single_value_that_is_none_is_refused_too(job, made, tmp_path):
+    broken = nets.build(made[1]["c2x"].config)
+    with torch.no_grad():
+        broken.neck[1].bias[3] = math.inf  # the others come out as 0
+    nets.save(broken, tmp_path / "broken", SEEN)
+    with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/00"):
+        extract.run(replace(job, runs=tmp_path, models=("broken",)))
+
+
 def test_the_untrained_model_is_the_backbone_without_a_neck(tmp_path):
     config = nets.NetConfig("test_resnet", dim=24, input=SPEC)
     folder = extract.untrained(config, tmp_path / "untrained")
