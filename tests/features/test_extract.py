@@ -992,13 +992,17 @@ def test_weights_that_give_no_number_are_named_with_the_image(job, net, tmp_path
         extract.run(replace(job, runs=tmp_path, models=("broken",)))
 
 
-def test_a_single_value_that_is_none_is_refused_too(job, made, tmp_path):
+def test_a_single_value_that_is_none_is_refused_too(job, made, tmp_path, small_blocks):
     broken = nets.build(made[1]["c2x"].config)
     with torch.no_grad():
         broken.neck[1].bias[3] = math.inf  # the others come out as 0
     nets.save(broken, tmp_path / "broken", SEEN)
+    job = replace(job, runs=tmp_path, models=("broken",))
     with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/00"):
-        extract.run(replace(job, runs=tmp_path, models=("broken",)))
+        extract.run(job)
+    maps(job.folder)[1][0] = 1  # goes on with the second block
+    with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/04"):
+        extract.run(job)
 
 
 def test_the_untrained_model_is_the_backbone_without_a_neck(tmp_path):
