@@ -725,6 +725,19 @@ def test_fast_pictures_are_nearly_those_of_a_full_decode(tmp_path):
     assert not np.array_equal(evaluated[0][0][0][0], evaluated[1][0][0][0])
 
 
+def test_a_fast_picture_keeps_the_longest_side_of_its_largest_view(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(encoded(scene(300, 420)))
+    wide = View(replace(SPEC, template="SS", size=64))  # 64 x 96
+    paths, sizes = np.array(["0.jpg"]), np.array([(60, 90)])
+    for views, least in ([VIEW, wide], 96), ([wide, View(SPEC, 4.0)], 128):
+        data = EvalImages(tmp_path, paths, views, sizes=sizes, fast=True)
+        picture = decode((tmp_path / "0.jpg").read_bytes(), "", least)
+        assert len(picture) == 150
+        for image, view in zip(data[0][0], views, strict=True):
+            expected = prepare(picture, view.spec, view.shape(60, 90))
+            np.testing.assert_array_equal(image, expected)
+
+
 @pytest.mark.parametrize(
     ("size", "changes"),
     [

@@ -94,15 +94,16 @@ def test_an_image_takes_the_shape_of_the_batch_it_joins():
         np.testing.assert_array_equal(output, expected.transpose(2, 0, 1))
 
 
-def test_a_shrunk_rectangle_averages_the_area_of_each_pixel():
+@pytest.mark.parametrize("shape", [(16, 48), (64, 24), (16, 96)])
+def test_a_shrunk_rectangle_averages_the_area_of_each_pixel(shape):
     image = scene(64, 96)
-    expected = np.zeros((16, 48, 3))
-    for row in range(16):
-        for column in range(48):
-            area = image[4 * row : 4 * row + 4, 2 * column : 2 * column + 2]
-            expected[row, column] = area.reshape(-1, 3).mean(axis=0)
-    output = resized(image, (16, 48))
-    assert output.shape == (16, 48, 3)
+    expected = np.zeros((*shape, 3))
+    high, wide = 64 // shape[0], 96 // shape[1]
+    for row, column in np.ndindex(shape):
+        area = image[high * row : high * (row + 1), wide * column : wide * (column + 1)]
+        expected[row, column] = area.reshape(-1, 3).mean(axis=0)
+    output = resized(image, shape)
+    assert output.shape == (*shape, 3)
     assert np.abs(output - expected).max() <= 0.5 + 1e-3
 
 
@@ -235,3 +236,8 @@ def test_a_scale_of_1_leaves_the_sides_as_they_are_and_others_have_a_least():
     assert View(spec, 1.0, multiple=64, least=128).shape(9, 9) == (100, 100)
     assert View(spec, 0.99, multiple=64, least=128).shape(9, 9) == (128, 128)
     assert View(spec, 0.5).shape(9, 9) == (50, 50)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(0.707, 70), (0.359, 35), (1.999, 199)])
+def test_a_part_of_a_pixel_is_dropped(scale, side):
+    assert View(replace(SPEC, size=100), scale).shape(9, 9) == (side, side)

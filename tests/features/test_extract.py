@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -17,14 +18,16 @@ import torch
 from torch.nn import functional as F
 
 from kit import config, files, launch
-from kit.data import images, lists, sources, tars
+from kit.data import images, lists, shards, sources, tars
 from kit.data.inputs import InputSpec
+from kit.data.readers import open_reader
 from kit.features import extract, fill, store
 from kit.features.extract import Job
 from kit.features.views import Views, embed
 from kit.models import net as nets
 
 SPEC = InputSpec(size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+OTHER = replace(SPEC, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
 CROP = replace(SPEC, size=48, resize="crop", colour="bgr")
 SHAPES = [(64, 64), (70, 130), (131, 67), (40, 50), (200, 64), (33, 90), (64, 96)]
 SHAPES += [(75, 100), (100, 70)]
@@ -41,12 +44,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
     """Hides the GPU of the machine, from ranks too."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     for name, network in {
         "clean": nets.NetConfig("test_resnet", neck="none", input=SPEC),
-        "c2x": nets.NetConfig("test_resnet", dim=16, input=replace(SPEC, std=(1,) * 3)),
+        "c2x": nets.NetConfig("test_resnet", dim=16, input=OTHER),
         "other/all": nets.NetConfig("test_resnet", dim=24, input=CROP),
     }.items():
         found[name] = nets.build(network).eval()
@@ -111,6 +116,20 @@ def three(job, made):
 def small_blocks(monkeypatch):
     """Blocks of 4 images: the 24 of the list are 6 of them."""
     monkeypatch.setattr(fill, "BLOCK", 4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Job -> contents of the stores that one run of it fills in blocks of 4, made once."""
+
+    @cache
+    def run(job: Job) -> list[dict[str, bytes]]:
+        job = replace(job, features=tmp_path_factory.mktemp("undisturbed"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fill, "BLOCK", 4)
+            return [contents(folder) for folder in extract.run(job)]
+
+    return lambda job: run(replace(job, features=Path(), workers=0))
 
 
 def extracted(job: Job) -> store.Features:
@@ -155,7 +174,15 @@ def pixels(path: Path, spec: InputSpec, shape) -> torch.Tensor | None:
     return torch.from_numpy(np.stack(planes)[None]).float()
 
 
+@cache  # many tests ask for the same
 @torch.inference_mode()
+def embedding(net, path: Path, shape, mirrored: bool) -> np.ndarray | None:
+    x = pixels(path, net.config.input, shape)
+    if x is None:
+        return None
+    return net(x.flip(3) if mirrored else x)[0].double().numpy()
+
+
 def by_hand(
     net, root: Path, paths, shapes=None, flip=False, normalise=False
 ) -> np.ndarray:
@@ -164,12 +191,11 @@ def by_hand(
     for path in paths:
         total = np.zeros(net.dim)
         for shape in shapes(path) if shapes else [(spec.size, spec.size)]:
-            x = pixels(root / path, spec, shape)
-            if x is None:
-                continue
-            for seen in (x, x.flip(3)) if flip else (x,):
-                vector = net(seen)[0].double().numpy()
-                total += vector / math.sqrt((vector**2).sum()) if normalise else vector
+            for mirrored in (False, True)[: 1 + flip]:
+                vector = embedding(net, root / path, shape, mirrored)
+                if vector is not None:
+                    length = math.sqrt((vector**2).sum()) if normalise else 1
+                    total += vector / length
         found.append(total / max(1e-9, math.sqrt((total**2).sum())))
     return np.stack(found)
 
@@ -265,6 +291,32 @@ def test_the_members_of_tars_do_as_well_as_files(data, three, tmp_path):
         assert contents(ours) == contents(theirs)
 
 
+def test_shards_do_as_well_as_the_folder_of_their_pictures(three, data, tmp_path):
+    paths = lists.load(data / "sized", "full").rows["path"]
+    packs = tmp_path / "shards"
+    shards.pack(open_reader(data), paths, packs, side=48, quality=95, per_shard=5)
+    for path in packs.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "folder", filter="data")
+    shapes = {images.read(tmp_path / "folder" / path).shape for path in paths[:5]}
+    assert len(shapes) > 1  # not those that the list says
+    how = Views(template="SS", size=64, scales=(1.0, 0.5), flip=True)
+    models = ("clean", "c2x")
+    job = replace(three, models=models, lists=data / "sized", views=how, workers=1)
+    stores = {
+        name: extract.run(replace(job, data=root, features=tmp_path / f"of {name}"))
+        for name, root in (
+            *(("shards", packs), ("folder", tmp_path / "folder"), ("whole", data)),
+        )
+    }
+    for packed, folder, whole in zip(*stores.values(), strict=True):
+        assert contents(packed) == contents(folder)
+        ours, theirs = store.load(packed), store.load(whole)
+        assert ours.manifest["unreadable"] == theirs.manifest["unreadable"]
+        cosines = (np.float64(ours.vectors) * theirs.vectors).sum(1)
+        assert (cosines[~paths.isin(BAD)] > 0.9).all()
+
+
 # Sizes, shapes and scales
 
 
@@ -275,14 +327,14 @@ def test_scales_and_mirror_images_add_up(data, job, net, flip, normalise):
     features = extracted(replace(job, views=views))
     paths = lists.load(data / "lists", "full").rows["path"]
     # 64 times the scale, down to a multiple of 16, not below 32
-    how = {"flip": flip, "normalise": normalise}
     sides = [(side, side) for side in (32, 64, 80, 32)]
-    expected = by_hand(net, data, paths, lambda _: sides, **how)
+    expected = by_hand(net, data, paths, lambda _: sides, flip, normalise)
     np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
     alone = by_hand(net, data, paths)
     assert np.abs(expected - alone).max() > 0.02
-    other = by_hand(net, data, paths, lambda _: sides, flip, not normalise)
-    assert np.abs(expected - other).max() > 5e-3
+    for how in (flip, not normalise), (not flip, normalise):
+        other = by_hand(net, data, paths, lambda _: sides, *how)
+        assert np.abs(expected - other).max() > 5e-3
 
 
 def test_another_size_overrides_the_model_s_own(data, job, net):
@@ -294,7 +346,7 @@ def test_another_size_overrides_the_model_s_own(data, job, net):
 
 
 TEMPLATES = {  # height, width from landscape to portrait
-    "SS2": [(320, 480), (352, 480), (384, 384), (480, 352), (480, 320)],
+    "SS2 of 128": [(96, 160), (128, 160), (128, 128), (160, 128), (160, 96)],
     "L2": [(544, 800), (608, 800), (800, 800), (800, 608), (800, 544)],
     "SS": [(256, 384), (256, 256), (384, 256)],
 }
@@ -324,30 +376,32 @@ def in_template(name: str, data: Path, scales, multiple: int, least: int):
     return shapes
 
 
-@pytest.mark.parametrize("batch", [2, 50])
 def test_images_take_the_template_s_shape_that_their_own_is_next_to(
-    data, job, net, batch, small_blocks
+    data, job, net, small_blocks
 ):
-    views = Views(template="SS2", scales=(0.3, 1.0), multiple=32, least=128)
-    features = extracted(replace(job, lists=data / "sized", views=views, batch=batch))
+    how = {"template": "SS2", "size": 128, "multiple": 32, "least": 96}
+    views = Views(scales=(0.9, 1.0), **how)
+    job = replace(job, lists=data / "sized", views=views)
+    few = extracted(replace(job, batch=2, features=job.features / "few"))
+    features = extracted(replace(job, batch=50))
     paths = lists.load(data / "sized", "full").rows["path"]
-    shapes = in_template("SS2", data, (0.3, 1.0), 32, 128)
+    shapes = in_template("SS2 of 128", data, (0.9, 1.0), 32, 96)
     assert len({tuple(shapes(path)) for path in paths if path not in BAD}) == 5
     expected = by_hand(net, data, paths, shapes)
     np.testing.assert_allclose(features.vectors, expected, atol=5e-4)
-    square = by_hand(net, data, paths, lambda _: [(128, 128), (384, 384)])
+    np.testing.assert_allclose(few.vectors, expected, atol=5e-4)
+    square = by_hand(net, data, paths, lambda _: [(96, 96), (128, 128)])
     assert np.abs(expected - square).max() > 5e-3
-    facts = {"template": "SS2", "size": 384, "multiple": 32, "least": 128}
-    assert facts.items() <= features.manifest.items()
+    assert how.items() <= features.manifest.items()
 
 
-def test_the_published_form_of_2019(data, job, net):
+def test_the_published_form_of_2019(data, job, net, tmp_path):
     scales = (0.75, 1.0, 1.25)
     views = Views(template="L2", scales=scales, multiple=32, least=128)
-    features = extracted(
-        replace(job, images="index", lists=data / "sized", views=views)
-    )
-    rows = lists.load(data / "sized", "index").rows.drop_duplicates("id")
+    rows = pd.read_csv(data / "sized/full.csv", dtype=str, keep_default_na=False)[1:2]
+    relisted(data / "sized", tmp_path / "lists", rows)
+    features = extracted(replace(job, lists=tmp_path / "lists", views=views))
+    assert features.manifest["size"] == 800
     shapes = in_template("L2", data, scales, 32, 128)
     expected = by_hand(net, data, rows["path"], shapes)
     np.testing.assert_allclose(features.vectors, expected, atol=2e-3)
@@ -413,6 +467,7 @@ def test_batches_hold_one_shape_and_every_row_of_the_block_once(monkeypatch):
         ({"scales": ()}, "scales () are none, or not all above 0"),
         ({"scales": (1.0, 0.0)}, "scales (1.0, 0.0) are none, or not all above 0"),
         ({"multiple": 0}, "multiple is 0, not at least 1"),
+        ({"least": 0}, "least is 0, not at least 1"),
         ({"size": -1}, "size is -1, not at least 0"),
     ],
 )
@@ -431,12 +486,9 @@ def test_a_central_square_has_no_template(three, data):
 # Several models
 
 
-def alone(job: Job, tmp_path: Path) -> list[Path]:
-    """The stores of one job a model."""
-    return [
-        extract.run(replace(job, models=(name,), features=tmp_path / "alone"))[0]
-        for name in job.models
-    ]
+def alone(job: Job, undisturbed) -> list[dict[str, bytes]]:
+    """Contents of the stores of one job a model."""
+    return [undisturbed(replace(job, models=(name,)))[0] for name in job.models]
 
 
 VIEWS = {
@@ -446,29 +498,27 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("how", VIEWS)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("how", "workers"), [*zip(VIEWS, (0, 1, 0), strict=True)])
 def test_models_that_share_a_decode_see_what_each_sees_alone(
-    three, tmp_path, small_blocks, how, workers
+    three, undisturbed, small_blocks, how, workers
 ):
     job = replace(three, views=VIEWS[how], workers=workers)
     together = extract.run(job)
     assert [str(path.relative_to(job.features)) for path in together] == [
         *("clean/full", "c2x/full", "other/all/full")
     ]
-    for ours, theirs in zip(together, alone(job, tmp_path), strict=True):
-        assert contents(ours) == contents(theirs)
+    assert [contents(folder) for folder in together] == alone(job, undisturbed)
     assert len({len(contents(path)["vectors.npy"]) for path in together}) == 3
 
 
 def test_models_that_share_a_template_see_what_each_sees_alone(
-    three, data, tmp_path, small_blocks
+    three, data, undisturbed, small_blocks
 ):
-    views = Views(template="SS", scales=(0.5, 1.0))
+    views = Views(template="SS", size=64, scales=(0.5, 1.0))
     models = ("clean", "c2x")
     job = replace(three, models=models, lists=data / "sized", views=views)
-    for ours, theirs in zip(extract.run(job), alone(job, tmp_path), strict=True):
-        assert contents(ours) == contents(theirs)
+    together = [contents(folder) for folder in extract.run(job)]
+    assert together == alone(job, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -589,10 +639,9 @@ def test_blocks_that_are_there_already_are_kept(job, small_blocks):
 
 
 def test_a_model_that_is_finished_is_left_alone(
-    three, small_blocks, monkeypatch, tmp_path
+    three, small_blocks, monkeypatch, undisturbed
 ):
-    whole = extract.run(replace(three, features=tmp_path / "whole"))
-    expected = [contents(folder) for folder in whole]
+    expected = undisturbed(three)
     first, second, third = map(three.store, three.models)
     extract.run(replace(three, models=three.models[:2]))
     _, done = maps(second)
@@ -625,11 +674,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("calls", [0, 1, 3, 5, 14, 22])
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(
-    three, small_blocks, monkeypatch, tmp_path, calls
+    three, small_blocks, monkeypatch, undisturbed, calls
 ):
     # two batches a block of four, each for two models
     job = replace(three, models=("clean", "other/all"), batch=3)
-    expected = extract.run(replace(job, features=tmp_path / "whole"))
+    expected = undisturbed(job)
     real, left = fill.embed, [None] * calls
 
     def killed(*arguments):
@@ -646,14 +695,13 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
             store.load(folder)
         done = calls // 4
         assert maps(folder)[1].tolist() == [1] * done + [0] * (6 - done)
-    for ours, theirs in zip(extract.run(job), expected, strict=True):
-        assert contents(ours) == contents(theirs)
+    assert [contents(folder) for folder in extract.run(job)] == expected
 
 
 def test_a_run_that_was_killed_between_two_models_goes_on_and_ends_the_same(
-    three, small_blocks, monkeypatch, tmp_path
+    three, small_blocks, monkeypatch, undisturbed
 ):
-    expected = extract.run(replace(three, features=tmp_path / "whole"))
+    expected = undisturbed(three)
     real, left = store.Writer.write, [None] * 4
 
     def killed(*arguments):
@@ -667,14 +715,13 @@ def test_a_run_that_was_killed_between_two_models_goes_on_and_ends_the_same(
         extract.run(three)
     done = [maps(three.store(name))[1].sum() for name in three.models]
     assert done == [2, 1, 1]
-    for ours, theirs in zip(extract.run(three), expected, strict=True):
-        assert contents(ours) == contents(theirs)
+    assert [contents(folder) for folder in extract.run(three)] == expected
 
 
 def test_when_the_time_is_over_blocks_are_kept_and_the_next_run_goes_on(
-    three, small_blocks, monkeypatch, tmp_path
+    three, small_blocks, monkeypatch, undisturbed
 ):
-    expected = extract.run(replace(three, features=tmp_path / "whole"))
+    expected = undisturbed(three)
     monkeypatch.setenv("KIT_STOP_AT", "1")
     for blocks in (1, 2):
         left = 24 - 4 * (blocks - 1)
@@ -683,8 +730,7 @@ def test_when_the_time_is_over_blocks_are_kept_and_the_next_run_goes_on(
         for name in three.models:
             assert maps(three.store(name))[1].sum() == blocks
     monkeypatch.delenv("KIT_STOP_AT")
-    for ours, theirs in zip(extract.run(three), expected, strict=True):
-        assert contents(ours) == contents(theirs)
+    assert [contents(folder) for folder in extract.run(three)] == expected
 
 
 def test_a_time_that_is_over_with_the_last_block_stops_nothing(job, monkeypatch):
@@ -801,33 +847,30 @@ def as_ranks(job, monkeypatch, world, slow=-1):
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_rank_that_is_slow_leaves_no_block_out(
-    three, small_blocks, monkeypatch, tmp_path, slow
+    three, small_blocks, monkeypatch, undisturbed, slow
 ):
-    expected = extract.run(replace(three, features=tmp_path / "alone"))
+    expected = undisturbed(three)
     assert as_ranks(three, monkeypatch, 2, slow) == [None, None]
-    for name, theirs in zip(three.models, expected, strict=True):
-        assert contents(three.store(name)) == contents(theirs)
+    assert [contents(three.store(name)) for name in three.models] == expected
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_any_number_of_ranks_gives_the_same_bytes(
-    three, data, monkeypatch, tmp_path, world
+    three, data, small_blocks, monkeypatch, undisturbed, world
 ):
     """8: two of them have nothing to do."""
-    monkeypatch.setattr(fill, "BLOCK", 4)
     views = Views(template="SS", size=64, scales=(1.0, 0.5), multiple=32)
     models = ("clean", "c2x")
     job = replace(three, models=models, lists=data / "sized", views=views, batch=2)
-    expected = extract.run(replace(job, features=tmp_path / "alone"))
+    expected = undisturbed(job)
     assert as_ranks(job, monkeypatch, world) == [None] * world
-    for name, theirs in zip(job.models, expected, strict=True):
-        assert contents(job.store(name)) == contents(theirs)
+    assert [contents(job.store(name)) for name in job.models] == expected
 
 
 def test_ranks_that_went_on_after_fewer_ranks_were_stopped_give_the_same_bytes(
-    three, small_blocks, monkeypatch, tmp_path
+    three, small_blocks, monkeypatch, undisturbed
 ):
-    expected = extract.run(replace(three, features=tmp_path / "alone"))
+    expected = undisturbed(three)
     monkeypatch.setenv("KIT_STOP_AT", "1")
     stopped = as_ranks(three, monkeypatch, 2)
     assert [str(error) for error in stopped] == 2 * [
@@ -836,8 +879,7 @@ def test_ranks_that_went_on_after_fewer_ranks_were_stopped_give_the_same_bytes(
     monkeypatch.delenv("KIT_STOP_AT")
     assert maps(three.folder)[1].tolist() == [1, 1, 0, 0, 0, 0]
     assert as_ranks(three, monkeypatch, 3) == [None] * 3
-    for name, theirs in zip(three.models, expected, strict=True):
-        assert contents(three.store(name)) == contents(theirs)
+    assert [contents(three.store(name)) for name in three.models] == expected
 
 
 def test_ranks_stop_together_even_those_that_have_finished(
@@ -928,9 +970,9 @@ def test_the_log_tells_speed_waiting_and_the_time_left(monkeypatch, caplog):
 
 
 def test_too_many_unreadable_images_are_refused_for_all_models_and_read_again(
-    three, small_blocks, tmp_path
+    three, small_blocks, undisturbed
 ):
-    expected = extract.run(replace(three, features=tmp_path / "whole"))
+    expected = undisturbed(three)
     job = replace(three, max_unreadable=0.1)
     with pytest.raises(ValueError, match="list full: 3 of 24 images cannot be read"):
         extract.run(job)
@@ -938,8 +980,7 @@ def test_too_many_unreadable_images_are_refused_for_all_models_and_read_again(
         assert maps(job.store(name))[1].tolist() == [1, 0, 1, 1, 1, 0]
         with pytest.raises(ValueError, match="has not finished"):
             store.load(job.store(name))
-    for ours, theirs in zip(extract.run(three), expected, strict=True):
-        assert contents(ours) == contents(theirs)
+    assert [contents(folder) for folder in extract.run(three)] == expected
 
 
 def test_a_folder_that_the_list_s_paths_do_not_start_from_is_refused(three, data):
@@ -964,6 +1005,19 @@ def test_weights_that_give_no_number_are_named_with_the_image(job, net, tmp_path
     nets.save(broken, tmp_path / "broken", SEEN)
     with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/00"):
         extract.run(replace(job, runs=tmp_path, models=("broken",)))
+
+
+def test_a_single_value_that_is_none_is_refused_too(job, made, tmp_path, small_blocks):
+    broken = nets.build(made[1]["c2x"].config)
+    with torch.no_grad():
+        broken.neck[1].bias[3] = math.inf  # the others come out as 0
+    nets.save(broken, tmp_path / "broken", SEEN)
+    job = replace(job, runs=tmp_path, models=("broken",))
+    with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/00"):
+        extract.run(job)
+    maps(job.folder)[1][0] = 1  # goes on with the second block
+    with pytest.raises(FloatingPointError, match=r"broken: the embedding of photos/04"):
+        extract.run(job)
 
 
 def test_the_untrained_model_is_the_backbone_without_a_neck(tmp_path):

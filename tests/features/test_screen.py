@@ -51,6 +51,21 @@ def test_the_bounds_hold_for_every_row_and_are_not_wide(tmp_path):
     assert longest <= bounds.longest <= 1.01 * longest
 
 
+@pytest.mark.parametrize("row", [0, 300, 699])
+def test_the_bounds_are_those_of_the_worst_row_wherever_it_stands(tmp_path, row):
+    values = vectors()
+    values[row] = 0
+    values[row, :16] = (1 + 2.0**-8) / 4  # long, and half a unit from bfloat16's next
+    features = made(tmp_path, values)
+    screen.build(tmp_path)
+    exact = torch.from_numpy(values).double()
+    off = (exact - exact.bfloat16().double()).norm(dim=1)
+    assert off.argmax() == row == exact.norm(dim=1).argmax()
+    bounds = screen.of(features).bounds
+    assert off[row] <= bounds.off <= 1.01 * off[row]
+    assert exact[row].norm() + off[row] <= bounds.longest <= 1.01 * exact[row].norm()
+
+
 @pytest.mark.parametrize("k", [1, 7])
 def test_the_search_finds_the_same_with_and_without_a_copy(tmp_path, k):
     features, query = made(tmp_path, vectors(3000)), vectors(9, seed=1)

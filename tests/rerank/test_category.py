@@ -76,6 +76,18 @@ def test_equal_images_of_a_label_are_ordered_by_row():
     assert rows.tolist() == [[1, 2, 4]]
 
 
+def test_hundreds_of_equal_images_of_two_labels_are_ordered_by_row():
+    queries = torch.eye(2)
+    index = torch.full((400, 2), 0.5**0.5)
+    marks = torch.arange(400) % 3  # label 2 is nobody's
+    given = ranking(queries, index, 200)
+    _, rows = first_of_label(*given, torch.tensor([1, 0]), marks, queries, index)
+    first = [list(range(start, 400, 3)) for start in (1, 0)]
+    others = [[r for r in range(400) if r % 3 != start] for start in (1, 0)]
+    expected = [(a + b)[:200] for a, b in zip(first, others, strict=True)]
+    assert rows.tolist() == expected
+
+
 def test_absent_places_stay_last(case):
     queries, labels, index, index_labels, *_ = case
     scores, rows = ranking(queries, index, 15)

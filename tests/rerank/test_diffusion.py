@@ -163,6 +163,22 @@ def test_what_no_heat_reaches_stays_behind_in_its_order():
     assert found_scores[0, 1] > 0.1 and abs(found_scores[0, 2:]).max() < 1e-40
 
 
+@pytest.mark.parametrize("places", [17, 100, 1000])
+def test_many_that_no_heat_reaches_stay_in_their_order(places):
+    """And those of equal heat: the first three have the same, all others none."""
+    alone = torch.arange(1500)[:, None]
+    graph = affinity(torch.ones(1500, 1), alone)  # without edges
+    random = torch.Generator().manual_seed(0)
+    rows = torch.stack(
+        [torch.randperm(1500, generator=random)[:places] for _ in range(5)]
+    )
+    found_scores, found = diffuse(torch.full((5, places), 0.5), rows, graph, kq=3)
+    assert torch.equal(found, rows)
+    assert (found_scores[:, 1:] < found_scores[:, :-1]).all()
+    backwards = diffuse(torch.full((5, places), 0.5), rows.flip(1), graph, kq=3)[1]
+    assert torch.equal(backwards, rows.flip(1))
+
+
 def test_one_query_and_blocks_of_them_are_the_same(graph, ranking, monkeypatch):
     edges = affinity(*graph)
     whole = diffuse(*ranking, edges)

@@ -152,6 +152,17 @@ def test_verified_neighbours_are_those_with_the_most_inliers():  # worked by han
     assert not verified(scores, rows, inliers, at_least=301)[1].any()
 
 
+def test_of_many_with_equal_inliers_the_first_places_are_taken():
+    random = torch.Generator().manual_seed(0)
+    rows = torch.stack([torch.randperm(900, generator=random) for _ in range(4)])
+    scores = torch.full((4, 900), 0.5)
+    inliers = 90 + torch.randint(2, (4, 900), generator=random)
+    at, _ = verified(scores, rows, inliers, most=600)
+    for query in range(4):
+        more, fewer = (rows[query][inliers[query] == count] for count in (91, 90))
+        assert torch.equal(at[query], torch.cat([more, fewer])[:600])
+
+
 def verified_by_hand(own, index, scores, rows, inliers, at_least, most):
     out = []
     for row, near, at, counts in zip(own, scores, rows, inliers, strict=True):

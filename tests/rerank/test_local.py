@@ -477,6 +477,18 @@ def test_fold_by_hand():
     torch.testing.assert_close(gained[0], torch.tensor([0.65, 0.65, 0.575, *[0.5] * 8]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [17, 100, 1000])
+def test_fold_leaves_equals_in_their_old_order_however_many_they_are(top, dtype):
+    rng = np.random.default_rng(top)
+    rows = np.stack([rng.permutation(5000)[:top] for _ in range(5)])
+    scores, inliers = np.full((5, top), 0.5), rng.choice([0, 45, 90], (5, top))
+    given = torch.from_numpy(rows), torch.from_numpy(scores).to(dtype)
+    found, _ = folding.fold(*given, torch.from_numpy(inliers), top)
+    order = np.argsort(-inliers, axis=1, kind="stable")
+    np.testing.assert_array_equal(found, np.take_along_axis(rows, order, axis=1))
+
+
 def test_fold_keeps_the_rows_and_takes_inliers_of_the_head_alone():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(np.stack([rng.permutation(40)[:20] for _ in range(5)]))

@@ -92,6 +92,15 @@ def test_totals_match_a_dictionary(lists):
         assert torch.isneginf(found[query, len(best) :]).all()
 
 
+def test_sums_are_taken_in_the_order_of_the_lists():
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.randperm(500, generator=random)[None] for _ in range(3)]
+    scores = [torch.full((1, 500), value) for value in (1e20, -1e20, 1.0)]
+    found, at = order.total(scores, rows, 500)  # in any other order 1 is lost
+    assert torch.equal(at, torch.arange(500)[None])
+    assert (found == 1).all()
+
+
 def test_a_ranking_is_cut_or_filled_to_its_places(ranking):
     scores, rows = order.fit(*ranking, 5)
     assert torch.equal(scores, ranking[0][:, :5])
