@@ -187,7 +187,7 @@ def _steps(without: Sequence[str], most: int | None) -> list[Step]:
                 replace(step, index_tags="average"),
             ]
         if isinstance(step, steps.Whitening):
-            more.append(replace(step, supervised=False))
+            more.append(replace(step, dim=64, supervised=False))
     unlabelled = [s for s in more + found if not (without and _learns(s))]
     return sorted(unlabelled, key=lambda s: list(STEPS).index(s.name))[:most]
 
