@@ -25,6 +25,7 @@ PER_CLASS, TAIL = 20, 0.6  # images a class on average; its size falls as rank^-
 SAMPLE = 8  # queries of the slowest baseline
 ALLOWED_MB = 600
 TAGGED_ROWS, TAGGED_SAMPLE = 400_000, 48  # of the landmark-country rerank
+ON_GPU = ((1129, 4_830_000, 100), (76_000, 4_830_000, 1))  # queries, rows, k
 COUNTRIES, LARGEST = 150, 0.17  # and the share of the largest
 
 
@@ -100,6 +101,33 @@ def growth_rows(bench: Any) -> Iterator[dict[str, Any]]:
     yield bench.row(what, min(shares) / max(shares), 0.75, False)
 
 
+def gpu_rows(bench: Any) -> Iterator[dict[str, Any]]:
+    """The largest searches of both systems, as share of the GPU's own bf16 gemm rate."""
+    for queries, size, k in ON_GPU:
+        what = f"knn k={k}, {queries} x {size} on a GPU / gemm"
+        if not torch.cuda.is_available():
+            yield bench.missing(what, "no GPU here")
+            continue
+        with searched(size // (10 if bench.quick else 1), queries) as (
+            query,
+            features,
+            *_,
+        ):
+            ours = partial(knn, query, features, k, devices=["cuda"])
+            gemm = partial(gemm_on_gpu, query, len(features))
+            ours_s, gemm_s = bench.interleaved(ours, gemm)
+        yield bench.row(what, gemm_s / ours_s, 0.4, False, ours_s, gemm_s)
+
+
+def gemm_on_gpu(query: Tensor, size: int) -> None:
+    rows = torch.randn(BLOCK, DIM, device="cuda", dtype=torch.bfloat16)
+    columns = query.bfloat16().T.contiguous().cuda()
+    scores = torch.empty(BLOCK, len(query), device="cuda", dtype=torch.bfloat16)
+    for _ in range(0, size, BLOCK):
+        torch.mm(rows, columns, out=scores)
+    torch.cuda.synchronize()
+
+
 def landmark_country_rows(bench: Any) -> Iterator[dict[str, Any]]:
     """From the votes to the best 100; no (Q, N) matrix on our side."""
     size = TAGGED_ROWS // (10 if bench.quick else 1)
@@ -171,7 +199,9 @@ def boosted(scores: np.ndarray, tags: Tags, weights: Weights) -> list[np.ndarray
 
 
 @contextmanager
-def searched(rows: int) -> Iterator[tuple[Tensor, Features, Tensor, Tensor]]:
+def searched(
+    rows: int, queries: int = QUERIES
+) -> Iterator[tuple[Tensor, Features, Tensor, Tensor]]:
     """Queries and a store with its screening copy, in a folder that lasts as long; their labels."""
     draw = torch.Generator().manual_seed(0)
     classes = rows // PER_CLASS
@@ -195,7 +225,7 @@ def searched(rows: int) -> Iterator[tuple[Tensor, Features, Tensor, Tensor]]:
             owners.append(labels)
         store.finish(folder)
         screen.build(folder)
-        query, labels = images(QUERIES)
+        query, labels = images(queries)
         yield query, store.load(folder), labels, torch.cat(owners)
 
 
@@ -243,4 +273,4 @@ def anonymous() -> float:
     raise RuntimeError("/proc/self/status tells no RssAnon")
 
 
-ROWS = [memory_rows, knn_rows, growth_rows, landmark_country_rows]
+ROWS = [memory_rows, knn_rows, growth_rows, landmark_country_rows, gpu_rows]

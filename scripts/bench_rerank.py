@@ -167,7 +167,7 @@ def metric_rows(bench: Any) -> Iterator[dict[str, Any]]:
     def theirs() -> list[float]:
         rankings = dict(zip(queries, ranked.tolist(), strict=True))
         return [
-            average_precision_loop(rankings[query], set(images.split()))
+            average_precision_loop(rankings[query], images.split())
             for query, images in zip(solution["id"], solution["images"], strict=True)
         ]
 
@@ -198,11 +198,13 @@ def answers() -> tuple[list[str], np.ndarray, pd.DataFrame]:
     )
 
 
-def average_precision_loop(ranking: list[str], positives: set[str]) -> float:
-    """The baseline, a place at a time."""
+def average_precision_loop(ranking: list[str], positives: list[str]) -> float:
+    """The baseline, a place at a time, as Kaggle's competitions share it: lists are looked through,
+    and the places before for repeats.
+    """
     found, total = 0, 0.0
     for place, image in enumerate(ranking, 1):
-        if image in positives:
+        if image in positives and image not in ranking[: place - 1]:
             found += 1
             total += found / place
     return total / min(len(positives), LIST)
