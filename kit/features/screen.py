@@ -26,7 +26,7 @@ from kit.features import store
 from kit.features.store import Features
 
 TOLERANCE = 0.01  # by which the length of a stored vector may differ from 1
-STEP = 256  # rows converted at a time: they stay in a core's cache
+STEP = 512  # rows converted at a time: they stay in a core's cache
 SAFETY = 1.001  # lengths are measured in float32
 
 log = logging.getLogger(__name__)
@@ -86,21 +86,36 @@ def mapped(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def convert(block: Tensor, out: Tensor, numbers: Tensor, step: int = STEP) -> Bounds:
+def convert(
+    block: Tensor,
+    out: Tensor,
+    numbers: Tensor,
+    step: int = STEP,
+    measure: bool = True,
+) -> Bounds:
     """Rounds rows (n, D) float16 into `out` (n, D) of another type; says how far they moved.
 
-    Refuses rows that are neither of unit length nor zero, by their `numbers` (n,).
+    measure: by how much they did; else, in half the time, by how much they may have. Refuses rows
+    that are neither of unit length nor zero, by their `numbers` (n,).
     """
-    bounds = Bounds()
+    # made once: memory fresh from the system costs more than all of the arithmetic
+    scratch = torch.empty(1 + measure, min(step, len(block)), block.shape[1])
+    scratch = scratch.to(out.device)
+    lengths, off = torch.zeros(2, len(block), device=out.device)
     for start in range(0, len(block), step):  # all of it in a core's cache
-        exact = block[start : start + step].to(out.device).float()
-        rounded = out[start : start + step].copy_(exact)
-        lengths = torch.linalg.vector_norm(exact, dim=1)
-        refuse_odd(lengths, numbers[start : start + step])
-        off = torch.linalg.vector_norm(exact.sub_(rounded.float()), dim=1).max().item()
-        found = Bounds((lengths.max().item() + off) * SAFETY, off * SAFETY)
-        bounds = widest(bounds, found)
-    return bounds
+        here = slice(start, min(start + step, len(block)))
+        exact = scratch[0, : here.stop - start].copy_(block[here])
+        out[here].copy_(exact)
+        torch.linalg.vector_norm(exact, dim=1, out=lengths[here])
+        if measure:
+            exact -= scratch[1, : here.stop - start].copy_(out[here])
+            torch.linalg.vector_norm(exact, dim=1, out=off[here])
+    refuse_odd(lengths, numbers)
+    longest = lengths.max().item() if len(block) else 0.0
+    furthest = longest * 2.0**-8 if out.dtype == torch.bfloat16 else 0.0
+    if measure:
+        furthest = off.max().item() if len(block) else 0.0
+    return Bounds((longest + furthest) * SAFETY, furthest * SAFETY)
 
 
 def refuse_odd(lengths: Tensor, numbers: Tensor) -> None:

@@ -38,7 +38,7 @@ from kit.launch import Rank
 from kit.rerank.addends import Addends
 
 QUERIES = 2048  # searched at a time
-SCORES = 1 << 22  # of a block, over all workers of a CPU
+SCORES = 1 << 24  # of a block, over all workers of a CPU
 GPU_SCORES = 1 << 28
 
 Rows = Features | np.ndarray | Tensor
@@ -330,5 +330,5 @@ def _block(queries: int, devices: Sequence[torch.device]) -> int:
     """Rows that a worker scores at a time."""
     on_cpu = any(device.type == "cpu" for device in devices)
     scores = SCORES // len(devices) if on_cpu else GPU_SCORES
-    most = 16_384 if on_cpu else 1 << 18
+    most = 8_192 if on_cpu else 1 << 18
     return min(max(scores // max(queries, 1) // CHUNK * CHUNK, 512), most)

@@ -40,6 +40,16 @@ def _joined(parts: Sequence[Pending]) -> Pending:
     )
 
 
+def _by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(P,) float32 values, those of the first query first, ascending within a query."""
+    bits = values.view(np.int32).astype(np.int64)
+    ordered = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # in the floats' order
+    keys = np.sort((query.astype(np.int64) << 33) + ordered)  # quicker than by argsort
+    ordered = ((keys + (1 << 32)) & ((1 << 33) - 1)) - (1 << 32)
+    bits = np.where(ordered < 0, -ordered | 1 << 31, ordered)
+    return bits.astype(np.uint32).view(np.float32)
+
+
 class Walk:
     """The search of some queries through the whole database, shared by its workers."""
 
@@ -189,13 +199,11 @@ class Walk:
             scores = unpack(self.best[at, column])[0]
             query = np.concatenate([query, at.numpy().astype(np.int16)])
             low = np.concatenate([low, scores.numpy()])
-        order = np.argsort(-low)
-        order = order[np.argsort(query[order], kind="stable")]
         counts = np.bincount(query, minlength=len(self.floor))
         enough = counts >= self.task.k
-        last = np.cumsum(counts) - counts + self.task.k - 1
+        last = np.cumsum(counts) - self.task.k  # of each query's, sorted ascending
         floor = np.full(len(counts), -np.inf, np.float32)
-        floor[enough] = low[order[last[enough]]]
+        floor[enough] = _by_query(query, low)[last[enough]]
         self._raise(torch.from_numpy(floor))
         self.pending = [pending.of(pending.high >= self.floor.numpy()[pending.query])]
         self.new = 0

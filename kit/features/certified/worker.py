@@ -57,7 +57,7 @@ class Worker:
         return scores, positions
 
     def _hide(self, start: int, scores: Tensor) -> tuple[Tensor, ...]:
-        """Takes the members out of the scores: their places, queries and scores with addends."""
+        """Takes the members out of the scores: their places, queries, scores and how far off."""
         place, query, addend = (
             part.to(self.device)
             for part in self.walk.hidden.of_block(start, start + len(scores))
@@ -87,7 +87,7 @@ class Worker:
                 out.copy_(block)
             else:
                 step = STEP if self.device.type == "cpu" else len(block)
-                bounds = convert(block, out, numbers, step)
+                bounds = convert(block, out, numbers, step, measure=False)
                 self.walk.widen(number, bounds)
             left += source.shape[1]
         return self.rows[: len(positions)]
