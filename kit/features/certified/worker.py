@@ -71,24 +71,27 @@ class Worker:
         """(n, sum of D) rows of all models in the screening type."""
         task, left = self.task, 0
         in_order = self.walk.order is None and task.rows is None
-        first = task.span.start + start
+        first, on_cpu = task.span.start + start, self.device.type == "cpu"
         numbers = task.number(positions)
         for number, side in enumerate(task.sides):
             screened = uses_screen(side, task.dtype)
             source = side.screen.rows if screened else side.vectors
-            if in_order:
-                block = source[first : first + len(positions)]
-                if screened and len(task.sides) == 1 and self.device.type == "cpu":
-                    return block
-            else:
-                block = source[numbers.to(source.device)]
-            out = self.rows[: len(block), left : left + source.shape[1]]
-            if screened:
-                out.copy_(block)
-            else:
-                step = STEP if self.device.type == "cpu" else len(block)
+            block = source[first : first + len(positions)]
+            if screened and in_order and len(task.sides) == 1 and on_cpu:
+                return block
+            out = self.rows[: len(positions), left : left + source.shape[1]]
+            if not in_order:
+                at = numbers.to(source.device)
+                if screened and out.device == source.device:
+                    block = torch.index_select(source, 0, at, out=out)
+                else:
+                    block = source.index_select(0, at)
+            if not screened:
+                step = STEP if on_cpu else len(block)
                 bounds = convert(block, out, numbers, step, measure=False)
                 self.walk.widen(number, bounds)
+            elif block is not out:
+                out.copy_(block)
             left += source.shape[1]
         return self.rows[: len(positions)]
 
@@ -173,20 +176,30 @@ class Worker:
     ) -> tuple[Tensor, Tensor]:
         """Numbers of chunks and queries where a score may reach what is wanted."""
         chunks = scores.view(-1, CHUNK, scores.shape[1])
-        wanted = rounded_down(wanted - addend[1], scores.dtype)
-        if scores.element_size() == 2 and bool((wanted > 0).all()):
-            # as integers positive floats keep their order, negative ones are below them
-            chunks, wanted = chunks.view(torch.int16), wanted.view(torch.int16)
+        wanted = wanted - addend[1]
+        if scores.dtype == torch.bfloat16 and bool((wanted > 0).all()):
+            # as integers positive floats keep their order, negative ones are below them;
+            # without its last bits a positive float32 is rounded down
+            wanted = (wanted.view(torch.int32) >> 16).to(torch.int16)
+            chunks = chunks.view(torch.int16)
+        else:
+            wanted = rounded_down(wanted, scores.dtype)
         return (chunks.amax(1) >= wanted).nonzero(as_tuple=True)
 
     def _by_hit(self, positions: Tensor, chunk: Tensor, query: Tensor) -> Tensor:
-        """(hits, CHUNK), or (1, 1), addends of the rows of some chunks for some queries."""
+        """(hits, CHUNK), or one for all, addends of the rows of some chunks for some queries."""
         addend = torch.zeros(1, 1, device=self.device)
         by_row, group = self._by_position(positions)
         if by_row is not None:
             addend = addend + by_row[chunk]
         if group is not None:
-            addend = addend + self.by_group[group[chunk], query[:, None]]
+            by_group = self.by_group[group[chunk, 0], query][:, None]
+            mixed = (group != group[:, :1]).any(dim=1)
+            if mixed.any():  # few, as rows are walked group by group
+                by_group = by_group.repeat(1, CHUNK)
+                at = mixed[chunk].nonzero()[:, 0]
+                by_group[at] = self.by_group[group[chunk[at]], query[at, None]]
+            addend = addend + by_group
         return addend
 
     def score_exactly(self, start: int) -> None:
