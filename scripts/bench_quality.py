@@ -32,6 +32,9 @@ from kit.rerank.steps import STEPS, Step
 from kit.training import recipes
 
 SIDE, TRIALS, LEAST = 320, 24, 0.001  # pixels; for each step; gain that a step is worth
+VERIFIED = (
+    20  # images of a shortlist that are verified, where 100 were published: minutes
+)
 GOALS = {"packages": 0.03, "landmarks": 0.06}  # gain of the best chain over search
 LABELLED = ("landmark_country", "soft_labels", "same_label", "sort_insert") + (
     "category",
@@ -146,7 +149,8 @@ def _table(
     best = []
     for about, candidates in kinds.items():
         chain = _selected(chosen.search, candidates, chosen.public)
-        yield _told(bench, f"{title}: chain{about}", reported, *chain.steps)
+        told = "; ".join(map(str, chain.steps))
+        yield _told(bench, f"{title}: chain{about} {told}", reported, *chain.steps)
         best.append(reported.gain(replace(chain, models=reported.search.models)).mean)
     yield bench.row(f"{title}: best chain over search", max(best), GOALS[goal], False)
 
@@ -154,8 +158,7 @@ def _table(
 def _told(bench: Bench, name: str, photos: Photos, *chosen: Step) -> Row:
     chain = replace(photos.search, steps=chosen)
     gain = photos.gain(chain)
-    steps = "; ".join(map(str, chosen))
-    return bench.told(name, mAP=f"{photos.value(chain):.4f}", gain=str(gain), of=steps)
+    return bench.told(name, mAP=f"{photos.value(chain):.4f}", gain=str(gain))
 
 
 def _selected(
@@ -177,9 +180,10 @@ def _selected(
 def _steps(without: Sequence[str], most: int | None) -> list[Step]:
     """Every step as published, and those that have variants in all of them."""
     found = [STEPS[name]() for name in STEPS if name not in without]
+    found = [replace(s, shortlist=VERIFIED) if _verifies(s) else s for s in found]
     more: list[Step] = []
     for step in found:
-        if isinstance(step, steps.Local | steps.VerifiedQe | steps.VerifiedDba):
+        if _verifies(step) or isinstance(step, steps.Local):
             more.append(replace(step, backend="xfeat"))
         if isinstance(step, steps.LandmarkCountry):
             more += [
@@ -190,6 +194,10 @@ def _steps(without: Sequence[str], most: int | None) -> list[Step]:
             more.append(replace(step, dim=64, supervised=False))
     unlabelled = [s for s in more + found if not (without and _learns(s))]
     return sorted(unlabelled, key=lambda s: list(STEPS).index(s.name))[:most]
+
+
+def _verifies(step: Step) -> bool:
+    return isinstance(step, steps.VerifiedQe | steps.VerifiedDba)
 
 
 def _learns(step: Step) -> bool:

@@ -17,9 +17,9 @@ Axis = tuple[float, float] | tuple[int, int]  # low, high; whole numbers stay wh
 # what is worth searching, by step and field; the other fields stay as they are
 SPACES: Mapping[str, Mapping[str, Axis]] = {
     "whitening": {"ridge": (1e-3, 1.0)},
-    "dba": {"neighbours": (2, 12)},
-    "alpha_qe": {"neighbours": (1, 12), "alpha": (0.0, 6.0)},
-    "smoothing": {"neighbours": (2, 10), "beta": (0.05, 0.5), "iterations": (1, 3)},
+    "dba": {"neighbours": (2, 30)},
+    "alpha_qe": {"neighbours": (1, 30), "alpha": (0.0, 6.0)},
+    "smoothing": {"neighbours": (2, 20), "beta": (0.05, 0.5), "iterations": (1, 3)},
     "verified_qe": {"most": (1, 8), "least_inliers": (10, 90)},
     "verified_dba": {"most": (1, 8), "least_inliers": (10, 90)},
     "landmark_country": {
