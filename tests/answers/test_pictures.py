@@ -29,6 +29,19 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """How many pairs each verification was asked for."""
+    counts, work = [], verification.shortlist_inliers
+
+    def counted(rows, *given, **options):
+        counts.append(int((rows >= 0).sum()))
+        return work(rows, *given, **options)
+
+    monkeypatch.setattr(verification, "shortlist_inliers", counted)
+    return counts
+
+
 def pictures(data, **options):
     named = {name: lists.load(data / "lists", name) for name in ("query", "index")}
     return Pictures(data, data / "local", named, **options)
@@ -68,15 +81,7 @@ def test_an_unknown_backend_is_refused(data):
         pictures(data)("query", "orb", 100)
 
 
-def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, monkeypatch):
-    asked = []
-    work = verification.shortlist_inliers
-
-    def counted(rows, *given, **options):
-        asked.append(int((rows >= 0).sum()))
-        return work(rows, *given, **options)
-
-    monkeypatch.setattr(verification, "shortlist_inliers", counted)
+def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, asked):
     found = pictures(data)
     rows = torch.tensor([[2, 0, -1], [-1, 1, 2]])
     first = found.inliers("query", rows, "sift", 200)
@@ -101,15 +106,7 @@ def test_a_pair_is_verified_once_and_empty_places_are_no_evidence(data, monkeypa
     assert asked == [4, 4, 4]
 
 
-def test_a_pair_of_index_images_is_verified_once_both_ways_round(data, monkeypatch):
-    asked = []
-    work = verification.shortlist_inliers
-
-    def counted(rows, *given, **options):
-        asked.append(int((rows >= 0).sum()))
-        return work(rows, *given, **options)
-
-    monkeypatch.setattr(verification, "shortlist_inliers", counted)
+def test_a_pair_of_index_images_is_verified_once_both_ways_round(data, asked):
     found = pictures(data)
     paths = found.lists["index"].rows["path"].tolist()
     one, other = paths.index("ia0.jpg"), paths.index("ia1.jpg")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.answers import reranking
+from kit.answers import bonuses, moves, rankings, tags
 from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
 from kit.answers.scene import INDEX, QUERY
@@ -165,14 +165,14 @@ def test_queries_are_expanded_by_the_index_and_by_other_queries_only_if_asked():
             moved[q] += (products[q, near, None].clip(0) ** 2 * union[near]).sum(0)
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
         step = steps.AlphaQe(4, 2.0, transductive)
-        found = reranking.move(step, at).models[0].query.vectors
+        found = moves.move(step, at).models[0].query.vectors
         np.testing.assert_allclose(found, moved, atol=1e-3)
 
 
 def test_steps_of_one_kind_follow_each_other():
     dba, expansion = steps.Dba(3), steps.AlphaQe(3)
     at = scene()
-    moved = reranking.move(expansion, reranking.move(dba, at))
+    moved = moves.move(expansion, moves.move(dba, at))
     expected = best(
         cosines(moved.models[0].query.vectors, moved.models[0].index.vectors), 20
     )
@@ -250,11 +250,11 @@ def test_local_features_bring_the_same_texture_to_the_front():
         assert agrees == sorted(agrees, reverse=True)
     moved = (rows != plain).any(axis=1)
     assert moved.sum() > 8
-    expanded = reranking.move(steps.VerifiedQe(12, 3, least_inliers=15), at)
+    expanded = moves.move(steps.VerifiedQe(12, 3, least_inliers=15), at)
     assert not np.array_equal(
         expanded.models[0].query.vectors, at.models[0].query.vectors
     )
-    of_index = reranking.move(steps.VerifiedDba(6, 3, least_inliers=15), at).models[0]
+    of_index = moves.move(steps.VerifiedDba(6, 3, least_inliers=15), at).models[0]
     assert np.array_equal(of_index.query.vectors, at.models[0].query.vectors)
     rows = at.near(INDEX, INDEX, 6).rows
     stored = at.stored(INDEX).double()
@@ -275,14 +275,14 @@ def test_local_verification_without_images_says_so():
 
 
 def test_a_step_is_not_used_as_another_kind():
-    for use in (reranking.move, reranking.gain):
+    for use in (moves.move, bonuses.gain):
         with pytest.raises(TypeError, match="^step refine "):
             use(steps.Refine(), scene())
     with pytest.raises(TypeError, match="^step dba orders no ranking"):
-        reranking.order(steps.Dba(), scene(), torch.zeros(1, 1), torch.zeros(1, 1))
+        rankings.order(steps.Dba(), scene(), torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def test_unreadable_images_have_no_predicted_landmark():
-    found = reranking.predicted(scene(), INDEX, 3)
+    found = tags.predicted(scene(), INDEX, 3)
     assert found.labels[list(LOST)].tolist() == [-1] * 3
     assert (found.labels >= 0).sum() == 87
