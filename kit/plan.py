@@ -36,7 +36,7 @@ class Run:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     holdout: bool = True  # train on nothing that an offline number is measured on
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
-    rerank: tuple[str, ...] = ("landmark_country",)  # steps to tune, in their order
+    rerank: tuple[str, ...] | None = None  # steps to tune, in their order; the recipe's
     neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Run:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, not at least {least}"
                 )
-        for name in self.rerank:
+        for name in self.rerank or ():
             build({"step": name})  # refuses a name that is not there
         for name in self.machine:
             if name not in MACHINE:
@@ -77,6 +77,11 @@ class Run:
         if self.holdout and "images" not in changes and stage.images in HOLDOUTS:
             changes = changes | {"images": HOLDOUTS[stage.images]}
         return change(stage, **changes), changes
+
+    @property
+    def reranked(self) -> tuple[str, ...]:
+        own = recipes.get(self.recipe).rerank
+        return own if self.rerank is None else self.rerank
 
     @property
     def index(self) -> str:
@@ -267,7 +272,11 @@ def _answer(
         "04_tune_rerank",
         notebooks / "04_tune_rerank.ipynb",
         shared
-        | {"models": models, "baseline": recipes.UNTRAINED, "steps": list(run.rerank)},
+        | {
+            "models": models,
+            "baseline": recipes.UNTRAINED,
+            "steps": list(run.reranked),
+        },
         after,
         (run.chain, run.gains),
         machine={"workers": run.workers},

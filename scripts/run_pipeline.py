@@ -55,9 +55,9 @@ def options() -> argparse.Namespace:
     add(
         "--rerank",
         nargs="*",
-        default=["landmark_country"],
         metavar="STEP",
-        help=f"steps to tune, in their order: {', '.join(STEPS)}",
+        help="steps to tune, in their order, instead of the recipe's own: "
+        + ", ".join(STEPS),
     )
     add(
         "--neighbours",
@@ -152,7 +152,7 @@ def main() -> None:
         save_every=given.save_every,
         overrides=overrides(given.set),
         holdout=not given.everything,
-        rerank=tuple(given.rerank),
+        rerank=None if given.rerank is None else tuple(given.rerank),
         machine=dict(setting("--machine", t, "FIELD=VALUE") for t in given.machine),
     )
     steps = plan.steps(

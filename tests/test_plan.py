@@ -12,6 +12,7 @@ import pytest
 from kit import files, pipeline, plan
 from kit.data import toy
 from kit.plan import Run
+from kit.rerank.steps import STEPS
 from kit.training import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,23 @@ def test_a_smaller_index_is_searched_and_compared(run, tmp_path):
     chain = by_name(run)
     assert chain["04_tune_rerank"].parameters["index"] == "index_val"
     assert "index_val" in chain["03_features_untrained"].parameters["images"]
+
+
+def test_a_recipe_names_the_steps_that_are_tuned_unless_the_user_does(run):
+    def tuned(run):
+        return by_name(run)["04_tune_rerank"].parameters["steps"]
+
+    assert tuned(run) == ["landmark_country"]
+    assert tuned(replace(run, rerank=("dba", "refine"))) == ["dba", "refine"]
+    assert tuned(replace(run, rerank=())) == []
+    assert tuned(replace(run, recipe="glr2019/v19c")) == ["sort_insert"]
+    with pytest.raises(ValueError, match="step 'debra' is not one of whitening, dba"):
+        replace(run, rerank=("debra",))
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_names_steps_that_there_are(name):
+    assert set(recipes.get(name).rerank) <= set(STEPS)
 
 
 def test_graphs_are_kept_of_the_index_and_the_references_where_asked(run):

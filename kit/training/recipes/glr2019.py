@@ -91,7 +91,7 @@ def _recipe(
     name: str, backbone: str, *stages: Stage, clean: str = "", trainable: bool = False
 ) -> Recipe:
     net = replace(_net(backbone), pool_trainable=trainable)
-    return Recipe(f"glr2019/{name}", net, stages, clean)
+    return Recipe(f"glr2019/{name}", net, stages, clean, rerank=("sort_insert",))
 
 
 def _v1only() -> Recipe:

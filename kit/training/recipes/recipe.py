@@ -16,6 +16,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     clean: str = ""  # what made the clean list, where it is not the public one
     gld_v1_classes: int = 14_950  # most frequent landmarks that the list gld_v1 keeps
+    rerank: tuple[str, ...] = ("landmark_country",)  # steps to tune after training
 
     def network(self, pretrained: str = "recipe", weights: Path = Path()) -> NetConfig:
         """The network, with other pretrained weights if asked; files of weights are in `weights`.
