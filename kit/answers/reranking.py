@@ -37,8 +37,13 @@ def rank(scene: Scene, chain: Chain) -> Neighbours:
 
 
 def _moved(scene: Scene, moves: Sequence[steps.Step]) -> Scene:
-    for step in moves:
-        scene = move(step, scene)
+    """The scene after some moves; those that the chain before began with are not made again."""
+    path = scene.path
+    for number, step in enumerate(moves):
+        if number == len(path) or path[number][0] != step:
+            del path[number:]
+            path.append((step, move(step, scene)))
+        scene = path[number][1]
     return scene
 
 

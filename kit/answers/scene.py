@@ -21,6 +21,7 @@ from kit.features.search import Neighbours
 from kit.features.store import Features
 from kit.rerank import fusion, order
 from kit.rerank.addends import Addends
+from kit.rerank.steps import Step
 
 QUERY, INDEX, REFERENCE = "query", "index", "reference"
 BLOCK = 16_384  # vectors made at a time
@@ -85,8 +86,17 @@ class Scene:
         """How many queries there are."""
         return len(self.models[0].query)
 
+    @cached_property
+    def path(self) -> list[tuple[Step, "Scene"]]:
+        """Steps that moved the features last, one after the other, and the scene after each."""
+        return []
+
     def each(self) -> list["Scene"]:
-        """The models one by one, each with weight 1."""
+        """The models one by one, each with weight 1; always the same scenes."""
+        return self._each
+
+    @cached_property
+    def _each(self) -> list["Scene"]:
         if len(self.models) == 1 and self.weights == (1.0,):
             return [self]
         return [
@@ -99,6 +109,8 @@ class Scene:
         models = tuple(scene.models[0] for scene in scenes)
         if all(map(operator.is_, models, self.models)):
             return self
+        if len(scenes) == 1 and scenes[0].weights == self.weights:
+            return scenes[0]
         if len(scenes) == 1:
             return replace(scenes[0], weights=self.weights, found={})
         return replace(self, models=models, found={})

@@ -286,3 +286,26 @@ def test_unreadable_images_have_no_predicted_landmark():
     found = tags.predicted(scene(), INDEX, 3)
     assert found.labels[list(LOST)].tolist() == [-1] * 3
     assert (found.labels >= 0).sum() == 87
+
+
+def test_moves_that_a_chain_shares_with_the_one_before_are_made_once(monkeypatch):
+    made, work = [], moves.move
+    monkeypatch.setattr(
+        "kit.answers.reranking.move",
+        lambda step, at: made.append(str(step)) or work(step, at),
+    )
+    at, fresh = scene(), scene()
+    first, second = steps.Dba(4), steps.AlphaQe(3)
+    other = steps.AlphaQe(5)
+    rank(at, chain(first, second))
+    rank(at, chain(first, second, steps.Refine()))
+    assert made == [str(first), str(second)]
+    found = rank(at, chain(first, other))
+    assert made[2:] == [str(other)]
+    plain = rank(at, chain())
+    expected = [rank(fresh, chain(first, other)), rank(scene(), chain())]
+    for one, wanted in zip((found, plain), expected, strict=True):
+        assert torch.equal(one.rows, wanted.rows)
+        assert torch.equal(one.scores, wanted.scores)
+    again = rank(at, chain(other, first))  # another order is another path
+    assert torch.equal(again.rows, rank(scene(), chain(other, first)).rows)
