@@ -449,6 +449,19 @@ def test_queries_of_one_landmark_are_no_more_sure_than_one():
     assert str(by_landmark) == "+0.0000 [-0.5000, +0.5000]"
 
 
+def test_each_landmark_can_count_the_same_however_many_queries_it_has():
+    gains = np.array([0.4, 0.4, 0.4, 0.0, -0.2, -0.4])
+    owners, usage = [0, 0, 0, 1, 2, 2], ["Private"] * 6
+    pair = scored(np.zeros(6), owners, usage), scored(gains, owners, usage)
+    found = metrics.gain(*pair, draws=300, per_landmark=True)
+    own = np.array([0.4, 0.0, -0.3])  # of each landmark
+    assert found.mean == pytest.approx(own.mean())
+    drawn = np.random.default_rng(0).integers(3, size=(300, 3))
+    low, high = np.quantile(own[drawn].mean(axis=1), [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert metrics.gain(*pair).mean == pytest.approx(0.1)
+
+
 def test_gains_of_different_queries_or_of_none_are_refused():
     one = scored(np.zeros(3), np.arange(3), ["Private"] * 3)
     with pytest.raises(ValueError, match="two scores of the same queries"):
