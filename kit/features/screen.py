@@ -4,16 +4,19 @@ features/<model>/<list>/screen.npy    (N, D) uint16: the bits of bfloat16, round
                         screen.json   the vectors it is a copy of (SHA-256, size, time), and
                                       what the proof of the search needs (`Screen`)
 
-The copy is written beside the store, once, by `build`. It belongs to one content of
-vectors.npy. While size and time of that file are those written down, nothing is read to know
-it; otherwise (the folder was copied) its hash decides, and a copy of other vectors is ignored
-with a warning until `build` has replaced it.
+The copy is written beside the store, once, by `python -m kit.features.screen FOLDER ...`. It
+belongs to one content of vectors.npy. While size and time of that file are those written down,
+nothing is read to know it; otherwise (the folder was copied) its hash decides, and a copy of other
+vectors is ignored with a warning until `build` has replaced it.
 """
 
+import argparse
 import logging
 import math
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,3 +177,22 @@ def _fits(folder: Path, vectors: np.ndarray) -> bool:
 def _identity(folder: Path) -> list[int]:
     status = os.stat(folder / "vectors.npy")
     return [status.st_size, status.st_mtime_ns]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Write the bfloat16 copies that CPUs search faster."
+    )
+    parser.add_argument(
+        "folders", type=Path, nargs="+", help="features/<model>/<list>, complete"
+    )
+    folders = parser.parse_args(arguments).folders
+    try:
+        for folder in folders:
+            print(build(folder))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

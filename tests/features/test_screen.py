@@ -147,3 +147,14 @@ def test_rows_that_break_the_proof_are_named(tmp_path, value, words):
     with pytest.raises(ValueError, match=f"^row 599 of the features has .*{words}"):
         screen.build(tmp_path)
     assert {path.name for path in tmp_path.glob("*screen*")} == set()
+
+
+def test_the_command_writes_copies_and_names_what_is_no_store(tmp_path, capsys):
+    for name in "ab":
+        made(tmp_path / name, vectors(seed=ord(name)))
+    screen.main([str(tmp_path / name) for name in "ab"])
+    told = capsys.readouterr().out.split()
+    assert told == [str(tmp_path / name / "screen.npy") for name in "ab"]
+    assert screen.of(store.load(tmp_path / "a")) is not None
+    with pytest.raises(SystemExit, match=f"no features in {tmp_path / 'c'}"):
+        screen.main([str(tmp_path / "c")])
