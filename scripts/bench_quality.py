@@ -32,7 +32,7 @@ from kit.rerank.steps import STEPS, Step
 from kit.training import recipes
 
 SIDE, TRIALS, LEAST = 320, 24, 0.001  # pixels; for each step; gain that a step is worth
-LONGEST = 4  # steps of a chain
+LONGEST, WIDEST = 4, 8  # steps of a chain, and those it is made of
 VERIFIED = 20  # images of a shortlist that are verified; published: 100, in minutes
 GOALS = {"packages": 0.03, "landmarks": 0.06}  # gain of the best chain over search
 LABELLED = ("landmark_country", "soft_labels", "same_label", "sort_insert") + (
@@ -163,10 +163,14 @@ def _told(bench: Bench, name: str, photos: Photos, *chosen: Step) -> Row:
 def _selected(
     chain: Chain, candidates: Sequence[Step], score: Callable[[Chain], float]
 ) -> Chain:
-    """Forward selection: the step that adds most, tuned in its place, until none adds LEAST or
-    there are LONGEST.
+    """Forward selection: of the WIDEST steps that are best alone the one that adds most, tuned in
+    its place, until none adds LEAST or there are LONGEST.
     """
-    left, reached = list(candidates), score(chain)
+
+    def alone(step: Step) -> float:
+        return score(tuning.with_step(chain, step))
+
+    left, reached = sorted(candidates, key=alone)[-WIDEST:], score(chain)
     while left and len(chain.steps) < LONGEST:
         step = max(left, key=lambda each: score(tuning.with_step(chain, each)))
         step = tuning.tuned(chain, step, score, TRIALS // 2)
