@@ -141,10 +141,11 @@ def _table(
         tuned.append(better)
         for kind, one in (("published", step), ("tuned", better)):
             yield _told(bench, f"{title}: {kind} {one}", reported, one)
-    kinds = {"": tuned}
-    alone = [step for step in tuned if not _transductive(step)]
-    if len(alone) < len(tuned):
-        kinds = {" (no other query)": alone, " (any step)": tuned}
+    kinds = {
+        " (verified)": [step for step in tuned if hasattr(step, "backend")],
+        " (no other query)": [step for step in tuned if not _transductive(step)],
+        " (any step)": tuned,
+    }
     best = []
     for about, candidates in kinds.items():
         chain = _selected(chosen.search, candidates, chosen.public)
