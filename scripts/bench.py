@@ -32,7 +32,7 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return 3 if self.quick else 5
+        return 2 if self.quick else 5
 
     def interleaved(
         self, ours: Callable[[], object], theirs: Callable[[], object]
