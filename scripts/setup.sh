@@ -7,7 +7,7 @@ base=${PYTHON:-python3}
     echo "$("$base" --version 2>&1) is too old: set PYTHON to a Python 3.11 or newer" >&2
     exit 1
 }
-wanted=$(cat requirements.txt pyproject.toml | sha256sum)
+wanted=$(cat requirements.txt pyproject.toml scripts/setup.sh | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing requirements.txt into .venv (a few minutes, several GB with CUDA)"
     "$base" -m venv .venv
