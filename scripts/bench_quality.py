@@ -9,9 +9,12 @@ LANDMARK_DATA names the folder of the photos. Two kinds of features:
 
 Every parameter is chosen on the public half of packages; trained features are reported on its
 private half, untrained ones on landmarks, each landmark counting the same. `published` is a step
-with its defaults, `tuned` with what was chosen, `chain` what forward selection found.
+with its defaults, `tuned` with what was chosen, `chain` what forward selection found, `pair` a
+tuned verified expansion and then a tuned local verification: which pair is best is seen on the
+reported photos.
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +155,10 @@ def _table(
         told = "; ".join(map(str, chain.steps))
         yield _told(bench, f"{title}: chain{about} {told}", reported, *chain.steps)
         best.append(reported.gain(replace(chain, models=reported.search.models)).mean)
+    for pair in _pairs(tuned):
+        told = "; ".join(map(str, pair))
+        yield _told(bench, f"{title}: pair {told}", reported, *pair)
+        best.append(reported.gain(replace(reported.search, steps=pair)).mean)
     yield bench.row(f"{title}: best chain over search", max(best), GOALS[goal], False)
 
 
@@ -181,6 +188,13 @@ def _selected(
         chain, reached = longer, score(longer)
         left = [each for each in left if each.name != step.name]
     return chain
+
+
+def _pairs(tuned: Sequence[Step]) -> list[tuple[Step, Step]]:
+    """What is verified before the search, with what is verified after it, each as tuned alone."""
+    expansions = [step for step in tuned if isinstance(step, steps.VerifiedQe)]
+    local = [step for step in tuned if isinstance(step, steps.Local)]
+    return list(itertools.product(expansions, local))
 
 
 def _steps(without: Sequence[str], most: int | None) -> list[Step]:
