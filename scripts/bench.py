@@ -68,9 +68,9 @@ class Bench:
             "name": name,
             "ours_s": ours_s,
             "theirs_s": theirs_s,
-            "ratio": ratio,
+            "ratio": float(ratio),
             "goal": goal,
-            "holds": ratio >= goal,
+            "holds": bool(ratio >= goal),
             "sampled": sampled or self.quick,
             "machine": machine(),
         }
