@@ -1,0 +1,1 @@
+"""What goes to Kaggle and what runs there: the build, its checks, and the way up."""
