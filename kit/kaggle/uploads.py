@@ -1,0 +1,82 @@
+"""A folder -> files on Kaggle's storage, all of them or an error; what arrived is not sent again.
+
+The client goes on without a file that failed, and a dataset is then made without it; and it
+remembers an unfinished upload by path, size and second, so a file rebuilt too soon would go on
+where another ended. Both are mended here, through what the client lets a caller replace.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kit import files
+from kit.kaggle import manifest
+
+ROUNDS = 3  # the second resumes what is left, the third begins it anew
+
+
+class Incomplete(RuntimeError):
+    """Names the files that did not arrive."""
+
+
+def upload(
+    api: Any,
+    folder: Path,
+    send: Callable[[Callable[[], None]], None],
+    say: Callable[[str], None],
+) -> list[Any]:
+    """What a dataset request lists under `files`.
+
+    send: makes a call of the client, repeats it when that may help, raises when not.
+    """
+    from kagglesdk.blobs.types.blob_api_service import ApiBlobType
+
+    listed = manifest.read_parts(folder / manifest.PARTS)
+    hashes = {part.path: part.sha256 for part in listed}
+    hashes[manifest.PARTS] = files.sha256(folder / manifest.PARTS)
+    with _context(hashes, say) as context:
+        for number in range(ROUNDS):
+            request = _Request()
+
+            def once(request: _Request = request) -> None:
+                request.files = []
+                kind = ApiBlobType.DATASET
+                api.upload_files(request, None, str(folder), kind, context, quiet=True)
+
+            send(once)
+            if len(request.files) == len(hashes):
+                return request.files
+            sent = context.seen
+            left = [it for it in sent.values() if not it.upload_complete]
+            for unfinished in left if number == ROUNDS - 2 else ():
+                unfinished.cleanup()
+        names = sorted(Path(it.path).name for it in left)
+        raise Incomplete(f"{', '.join(names)} did not arrive; nothing was made of it")
+
+
+class _Request:
+    """What the client appends uploaded files to."""
+
+    files: list[Any]
+
+
+def _context(hashes: Mapping[str, str], say: Callable[[str], None]) -> Any:
+    """The client's memory of unfinished uploads, each under the hash of its content."""
+    from kaggle.api.kaggle_api_extended import ResumableUploadContext
+
+    class Context(ResumableUploadContext):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[str, Any] = {}  # the newest upload of each path
+
+        def get_upload_info_file_path(self, path: str) -> str:
+            mark = hashes[Path(path).name][:16]
+            return super().get_upload_info_file_path(f"{path}.{mark}")
+
+        def new_resumable_file_upload(self, path: str, request: Any) -> Any:
+            if path not in self.seen:
+                say(f"  {Path(path).name}, {request.content_length / 1e6:.1f} MB")
+            self.seen[path] = super().new_resumable_file_upload(path, request)
+            return self.seen[path]
+
+    return Context()
