@@ -25,6 +25,7 @@ class Fault:
     status: int = 0  # answers this code and nothing is done; 0: no answer of its own
     body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    least: int = 0  # leaves shorter requests alone and waits for a longer one
     keep: int = 0  # bytes of an upload that arrive before the fault
     drop: bool = False  # closes the connection instead of answering
     done: bool = False  # does what was asked before the fault
@@ -85,7 +86,8 @@ class Kaggle:
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -100,7 +102,10 @@ class Kaggle:
         return {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
             **{name: self.url for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")},
-            **{"no_proxy": "", "NO_PROXY": "", "HOME": str(home), "TMPDIR": str(home)},
+            "no_proxy": "",
+            "NO_PROXY": "",
+            "HOME": str(home),
+            "TMPDIR": str(home),
             "KAGGLE_CONFIG_DIR": str(home),
             "KAGGLE_USERNAME": user,
             "KAGGLE_KEY": key,
@@ -312,10 +317,11 @@ def _handler(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
 
         def _serve(self, method: str) -> None:
             path = unquote(urlsplit(self.path).path)
+            length = int(self.headers.get("Content-Length") or 0)
             with kaggle.lock:
                 waiting = kaggle.faults.get(method)
-                fault = waiting.pop(0) if waiting else None
-            length = int(self.headers.get("Content-Length") or 0)
+                meant = waiting and length >= waiting[0].least
+                fault = waiting.pop(0) if meant else None
             partial = fault and method == "PUT" and not fault.done
             data = self.rfile.read(min(fault.keep, length) if partial else length)
             rpc = method not in ("GET", "PUT")

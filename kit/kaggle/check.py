@@ -136,7 +136,7 @@ def _folder(folder: Path) -> list[str]:
         parts = manifest.read_parts(folder / manifest.PARTS)
     except (OSError, ValueError):
         return [*found, f"{manifest.PARTS} is missing or broken; build again"]
-    wanted = {p.name for p in there} - {manifest.PARTS, manifest.DATASET}
+    wanted = {p.name for p in there if p.is_file()} - {manifest.PARTS, manifest.DATASET}
     if {part.path for part in parts} != wanted:
         found.append(f"{manifest.PARTS} lists other files than there are; build again")
     return found

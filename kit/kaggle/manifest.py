@@ -50,9 +50,9 @@ def write(build: Path, competition: str) -> Path:
 
 def read(build: Path) -> Manifest:
     value = _read(build / MANIFEST)
-    if not isinstance(value.get("competition"), str):
+    if not value.get("competition"):
         raise ValueError(f"{build / MANIFEST}: names no competition")
-    return Manifest(value["competition"], _parts(value, build / MANIFEST))
+    return Manifest(str(value["competition"]), _parts(value, build / MANIFEST))
 
 
 def read_parts(path: Path) -> tuple[Part, ...]:
@@ -104,9 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; run scripts/build_kaggle.py again")
     value = files.read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a manifest")
-    return value
+    return value if isinstance(value, dict) else {}
 
 
 def _parts(value: dict[str, Any], path: Path) -> tuple[Part, ...]:

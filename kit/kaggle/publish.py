@@ -14,7 +14,8 @@ from typing import Any
 
 from kit import files
 from kit.kaggle import check, manifest
-from kit.kaggle.client import Clock, KaggleError, Kernel, Server
+from kit.kaggle.client import Clock, KaggleError
+from kit.kaggle.server import Kernel, Server
 
 POLL = (2.0, 60.0)  # seconds between two looks: the first, the longest
 GROWTH = 1.5
