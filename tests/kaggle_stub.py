@@ -82,7 +82,7 @@ class Kaggle:
         self.submissions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self._blobs: dict[str, Blob] = {}
-        self._dataset_states: dict[str, States] = {}
+        self.dataset_states_of: dict[str, States] = {}
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -164,18 +164,18 @@ class Kaggle:
         if ref in self.datasets:
             return {"status": "error", "error": "The requested title is already in use"}
         self.datasets[ref] = [self._files(body["files"])]
-        self._dataset_states[ref] = _copy(self.dataset_states)
+        self.dataset_states_of[ref] = _copy(self.dataset_states)
         return {"ref": f"/{ref}", "url": f"{HOST}/{ref}", "status": "ok"}
 
     def _create_dataset_version(self, body: dict[str, Any]) -> dict[str, Any]:
         ref = self._dataset(body)
         self.datasets[ref].append(self._files(body["body"]["files"]))
-        self._dataset_states[ref] = _copy(self.dataset_states)
+        self.dataset_states_of[ref] = _copy(self.dataset_states)
         return {"ref": f"/{ref}", "url": f"{HOST}/{ref}", "status": "ok"}
 
     def _get_dataset_status(self, body: dict[str, Any]) -> dict[str, Any]:
         ref = self._dataset(body)
-        return {"status": _next(self._dataset_states[ref])}
+        return {"status": _next(self.dataset_states_of[ref])}
 
     def _get_dataset(self, body: dict[str, Any]) -> dict[str, Any]:
         ref = self._dataset(body)

@@ -33,7 +33,6 @@ LEFT_OUT = {  # what the client never uploads
 FIELDS = {
     manifest.DATASET: (
         *("id", "title", "licenses", "subtitle", "description", "keywords"),
-        *("resources", "isPrivate"),
     ),
     manifest.KERNEL: (
         *("id", "title", "code_file", "language", "kernel_type", "is_private"),
@@ -102,7 +101,7 @@ def _metadata(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     for name in sorted(set(metadata) - set(known)):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (close: {close[0]})" if close else ""
-        found.append(f"{say}: Kaggle does not know the field {name!r}{hint}")
+        found.append(f"{say}: unknown field {name!r}{hint}")
     return metadata, found
 
 

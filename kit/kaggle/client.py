@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
-TRIES, FIRST_WAIT = 6, 2.0  # seconds; doubled after each try
+TRIES, FIRST_WAIT = 6, 2.0  # of one call; seconds, doubled after each try
+LONGEST_WAIT = 600.0  # seconds, whatever the server asks for
+POLL, GROWTH = (2.0, 60.0), 1.5  # seconds between two looks: the first, the longest
+LIMIT = (
+    36 * 3600.0
+)  # seconds to wait for one thing; a kernel may queue long, then run 12 h
 HINTS = {
     401: "Kaggle does not accept these credentials; make new ones in its settings",
     403: "not allowed: wrong owner or slug, or the competition's rules are not accepted",
@@ -43,13 +48,8 @@ class Client:
         self.clock = clock
         self._say = say
         self._screen: Any = None  # where `say` prints while the client may not
-        self._secrets: list[str] = []
+        self._secrets: set[str] = set()
         self.api = self._sign_in()
-        values = self.api.config_values
-        pair = f"{values.get('username')}:{values.get('key')}".encode()
-        found = [values.get("key"), values.get("token")]
-        found.append(base64.b64encode(pair).decode())
-        self._secrets = [it for it in found if it and len(it) > 3]
 
     def say(self, text: str) -> None:
         with redirect_stdout(self._screen or sys.stdout):
@@ -67,6 +67,7 @@ class Client:
                 from kaggle.api.kaggle_api_extended import KaggleApi
 
                 api = KaggleApi()
+                self._secrets = _secrets(api)
             except ImportError as error:
                 words = f"no kaggle client ({error}); pip install kaggle six"
                 raise KaggleError(words) from None
@@ -77,6 +78,7 @@ class Client:
                 "no Kaggle credentials; set KAGGLE_USERNAME and KAGGLE_KEY, or put "
                 "kaggle.json in ~/.kaggle"
             ) from None
+        self._secrets = _secrets(api)
         return api
 
     def call(self, doing: str, path: str, request: Any, **how: Any) -> Any:
@@ -118,7 +120,11 @@ class Client:
                     return None
                 if last or not (status is None or status == 429 or status >= 500):
                     raise self.error(doing, text, status) from None
-            self.clock.sleep(after if after is not None else wait)
+            except (
+                ValueError
+            ) as error:  # the client's own check, or an unreadable answer
+                raise self.error(doing, str(error)) from None
+            self.clock.sleep(min(wait if after is None else after, LONGEST_WAIT))
             wait *= 2
             if arrived is not None and (found := arrived()) is not None:
                 return found
@@ -130,6 +136,17 @@ class Client:
         hint = f" ({HINTS[status]})" if status in HINTS else ""
         return KaggleError(f"{doing}: {code}{words}{hint}")
 
+    def poll(self, what: str, look: Callable[[], Answer | None]) -> Answer:
+        """The first answer of `look` that is not None."""
+        start, wait = self.clock.now(), POLL[0]
+        while (found := look()) is None:
+            if self.clock.now() - start > LIMIT:
+                words = f"not finished after {LIMIT / 3600:.0f} h; run this again"
+                raise KaggleError(f"{what}: {words}")
+            self.clock.sleep(wait)
+            wait = min(wait * GROWTH, POLL[1])
+        return found
+
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Keeps what the client prints: it may repeat what a server echoed."""
@@ -139,6 +156,17 @@ class Client:
                 yield
         finally:
             self._screen = screen
+
+
+def _secrets(api: Any) -> set[str]:
+    """What must not be shown: the token or key, and the key as it is sent."""
+    from kagglesdk.kaggle_env import get_access_token_from_env
+
+    values = api.config_values
+    pair = f"{values.get('username')}:{values.get('key')}".encode()
+    token, _ = get_access_token_from_env()
+    found = (token, values.get("token"), values.get("key"))
+    return {it for it in (*found, base64.b64encode(pair).decode()) if it}
 
 
 def _read_error(error: Any) -> tuple[int | None, float | None, str]:

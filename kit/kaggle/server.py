@@ -93,7 +93,7 @@ class Server(Client):
             slug=slug,
             title=metadata["title"],
             license_name=metadata["licenses"][0]["name"],
-            is_private=metadata.get("isPrivate", True),
+            is_private=True,
             files=self._upload(ref, folder),
         )
         self._made(

@@ -39,7 +39,7 @@ def test_a_build_that_kaggle_takes_has_no_problems(build):
         (DATASET, {"licenses": []}, "licenses must be exactly one"),
         (DATASET, {"licenses": [{"name": "a"}, {"name": "b"}]}, "exactly one"),
         (DATASET, {"licenses": [{}]}, "licenses must be exactly one"),
-        (DATASET, {"licence": "MIT"}, "does not know the field 'licence'"),
+        (DATASET, {"licence": "MIT"}, "unknown field 'licence' (close: licenses)"),
         (KERNEL, {"code_file": "gone.ipynb"}, "code_file gone.ipynb is missing"),
         (KERNEL, {"code_file": "../x.ipynb"}, "not a file of this folder"),
         (KERNEL, {"enable_internet": None}, "enable_internet must be written"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit import files
-from kit.kaggle import manifest, publish
+from kit.kaggle import client, kernels, manifest, publish
 from kit.kaggle.client import Clock, KaggleError
 from tests.kaggle import builds
 from tests.kaggle_stub import Fault, Kaggle
@@ -108,15 +108,16 @@ def go(build, tmp_path, clock):
 def script(kaggle, build, *arguments, **variables):
     """scripts/publish.py in a process of its own."""
     command = [sys.executable, ROOT / "scripts" / "publish.py", build, *arguments]
+    environment = os.environ | variables
     return subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True
+        command, env=environment, capture_output=True, text=True, check=False
     )
 
 
 def cli(*arguments):
     """The `kaggle` executable."""
     command = [Path(sys.executable).with_name("kaggle"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -476,7 +477,7 @@ def test_a_dataset_is_waited_for_until_it_is_ready(kaggle, go, clock):
 
 def test_a_dataset_that_is_still_processed_is_not_sent_twice(kaggle, go):
     go(datasets=True)
-    kaggle._dataset_states[FEATURES] = ["BLOBS_RECEIVED", "READY"]
+    kaggle.dataset_states_of[FEATURES] = ["BLOBS_RECEIVED", "READY"]
     go(datasets=True)
     assert len(kaggle.datasets[FEATURES]) == 1
 
@@ -503,7 +504,7 @@ def test_six_hours_in_the_queue_are_waited_for(kaggle, go, clock):
 
 
 def test_a_wait_has_a_limit(kaggle, go, clock, monkeypatch):
-    monkeypatch.setattr(publish, "LIMIT", 7200)
+    monkeypatch.setattr(client, "LIMIT", 7200)
     kaggle.kernel_states = ["QUEUED"]
     with pytest.raises(KaggleError, match="not finished after 2 h"):
         go()
@@ -517,7 +518,7 @@ def test_an_instantly_ready_server_is_done_with_in_two_minutes(kaggle, go, clock
 
 
 def test_taken_gpu_sessions_are_waited_for(kaggle, go, clock):
-    busy = Fault(200, {"error": f"{publish.BUSY} of 2 reached."})
+    busy = Fault(200, {"error": f"{kernels.BUSY} of 2 reached."})
     kaggle.faults["SaveKernel"] = [busy] * 7
     go()
     waits = [nap for nap in clock.naps if nap >= 30]
@@ -527,7 +528,7 @@ def test_taken_gpu_sessions_are_waited_for(kaggle, go, clock):
 
 def test_taken_gpu_sessions_are_not_waited_for_without_end(kaggle, go, clock):
     kaggle.faults["SaveKernel"] = [
-        Fault(200, {"error": f"{publish.BUSY} of 2 reached."})
+        Fault(200, {"error": f"{kernels.BUSY} of 2 reached."})
     ] * 999
     with pytest.raises(KaggleError, match="Maximum batch GPU session count of 2"):
         go()
@@ -553,7 +554,7 @@ def test_a_kernel_that_fails_shows_the_end_of_its_log(kaggle, go):
         go()
     shown = [line.strip() for line in go.said if line.startswith("  ")]
     assert shown[-1] == "CUDA error: no kernel image"
-    assert shown[-publish.LOG_LINES] == "line 81"
+    assert shown[-kernels.LOG_LINES] == "line 81"
     assert not any("line 80" in line for line in shown)
     with pytest.raises(KaggleError, match="ended in error"):
         go()
@@ -584,13 +585,33 @@ def test_no_credentials_are_one_line(kaggle, go, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not kaggle.requests
 
 
-def test_a_token_is_used_as_such(kaggle, go, monkeypatch):
+def test_a_token_is_used_as_such_and_not_shown(kaggle, go, monkeypatch):
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_0123456789abcdef")
+    kaggle.faults["IntrospectToken"] = [
+        Fault(401, {"code": 401, "message": "KGAT_0123456789abcdef has expired"})
+    ]
+    with pytest.raises(KaggleError, match=r"signing in: 401: \*\*\* has expired"):
+        go(datasets=True)
+    kaggle.requests.clear()
     go(datasets=True)
     assert kaggle.bodies("IntrospectToken")[0] == {"token": "KGAT_0123456789abcdef"}
     (start, *_) = (it for it in kaggle.requests if it.method == "StartBlobUpload")
     assert start.headers["Authorization"] == "Bearer KGAT_0123456789abcdef"
+
+
+def test_a_client_that_is_not_installed_is_one_line(kaggle, go, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaggle.api.kaggle_api_extended", None)
+    with pytest.raises(KaggleError, match="^no kaggle client .*; pip install kaggle"):
+        go()
+
+
+def test_a_dataset_that_was_deleted_needs_another_slug(kaggle, go):
+    go(datasets=True)
+    kaggle.dataset_states_of[WEIGHTS] = ["DELETED"]
+    with pytest.raises(KaggleError, match="weights: was deleted on Kaggle; choose"):
+        go(datasets=True)
+    assert len(kaggle.bodies("CreateDataset")) == 2
 
 
 # what a user sees
