@@ -130,9 +130,8 @@ MACHINES = {
 # assumed, GB: a process with CUDA, its context on the GPU, a loader's worker
 PROCESS, CONTEXT, WORKER = 2.5, 0.6, 0.4
 SEARCH = 0.6  # GB, as kit.features.search promises
-FURTHER = (
-    0.010  # seconds a megapixel of all views but the smallest, on a core; measured
-)
+# seconds a megapixel of all views but the smallest, on a core; measured
+FURTHER = 0.010
 # a search with bonuses against one without, 400k rows on a CPU; measured
 BONUSES = 3.1
 LINE = 5e-5  # seconds to write and check a query's line; measured
