@@ -2,7 +2,8 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,25 +87,24 @@ class Server(Client):
 
         ref = metadata["id"]
         owner, slug = ref.split("/")
-        request = _filled(
-            ApiCreateDatasetRequest(),
-            **_described(metadata),
-            owner_slug=owner,
-            slug=slug,
-            title=metadata["title"],
-            license_name=metadata["licenses"][0]["name"],
-            is_private=True,
-            files=self._upload(ref, folder),
-        )
-        self._made(
-            self.call(
+        with self._uploaded(ref, folder) as sent:
+            request = _filled(
+                ApiCreateDatasetRequest(),
+                **_described(metadata),
+                owner_slug=owner,
+                slug=slug,
+                title=metadata["title"],
+                license_name=metadata["licenses"][0]["name"],
+                is_private=True,
+                files=sent,
+            )
+            answer = self.call(
                 f"dataset {ref}: create",
                 "datasets.dataset_api_client.create_dataset",
                 request,
                 arrived=lambda: self.dataset_status(ref),
-            ),
-            ref,
-        )
+            )
+            self._made(answer, ref)
 
     def create_version(
         self, folder: Path, metadata: Mapping[str, Any], before: int
@@ -117,27 +117,26 @@ class Server(Client):
 
         ref = metadata["id"]
         owner, slug = ref.split("/")
-        body = _filled(
-            ApiCreateDatasetVersionRequestBody(),
-            **_described(metadata),
-            version_notes="published by landmark-kit",
-            files=self._upload(ref, folder),
-        )
-        request = _filled(
-            ApiCreateDatasetVersionRequest(),
-            owner_slug=owner,
-            dataset_slug=slug,
-            body=body,
-        )
-        self._made(
-            self.call(
+        with self._uploaded(ref, folder) as sent:
+            body = _filled(
+                ApiCreateDatasetVersionRequestBody(),
+                **_described(metadata),
+                version_notes="published by landmark-kit",
+                files=sent,
+            )
+            request = _filled(
+                ApiCreateDatasetVersionRequest(),
+                owner_slug=owner,
+                dataset_slug=slug,
+                body=body,
+            )
+            answer = self.call(
                 f"dataset {ref}: new version",
                 "datasets.dataset_api_client.create_dataset_version",
                 request,
                 arrived=lambda: self.dataset_version(ref) > before or None,
-            ),
-            ref,
-        )
+            )
+            self._made(answer, ref)
 
     # kernels
 
@@ -259,14 +258,16 @@ class Server(Client):
         path = "competitions.competition_api_client.get_submission"
         return self.call(f"submission {number}", path, request)
 
-    def _upload(self, ref: str, folder: Path) -> list[Any]:
+    @contextmanager
+    def _uploaded(self, ref: str, folder: Path) -> Iterator[list[Any]]:
         doing = f"dataset {ref}: upload"
 
         def send(once: Callable[[], None]) -> None:
             self.ask(doing, once, tries=3)  # the client itself repeats what it can
 
         try:
-            return uploads.upload(self.api, folder, send, self.say)
+            with uploads.uploaded(self.api, folder, send, self.say) as sent:
+                yield sent
         except uploads.Incomplete as error:
             raise KaggleError(f"{doing}: {error}") from None
 

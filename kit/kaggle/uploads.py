@@ -5,7 +5,8 @@ remembers an unfinished upload by path, size and second, so a file rebuilt too s
 where another ended. Both are mended here, through what the client lets a caller replace.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ class Incomplete(RuntimeError):
     """Names the files that did not arrive."""
 
 
-def upload(
+@contextmanager
+def uploaded(
     api: Any,
     folder: Path,
     send: Callable[[Callable[[], None]], None],
     say: Callable[[str], None],
-) -> list[Any]:
-    """What a dataset request lists under `files`.
+) -> Iterator[list[Any]]:
+    """Yields what a dataset request lists under `files`.
 
-    send: makes a call of the client, repeats it when that may help, raises when not.
+    An error inside the block leaves the uploads to the next run. send: makes a call of the client, repeats it when that may help, raises when not.
     """
     from kagglesdk.blobs.types.blob_api_service import ApiBlobType
 
@@ -45,7 +47,8 @@ def upload(
 
             send(once)
             if len(request.files) == len(hashes):
-                return request.files
+                yield request.files
+                return
             sent = context.seen
             left = [it for it in sent.values() if not it.upload_complete]
             for unfinished in left if number == ROUNDS - 2 else ():

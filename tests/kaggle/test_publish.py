@@ -445,6 +445,17 @@ def test_a_file_rebuilt_within_the_second_is_not_mixed_with_its_old_upload(
     assert kaggle.datasets[FEATURES][0]["part-0.bin"] == path.read_bytes()
 
 
+def test_a_dataset_refused_after_its_upload_is_not_uploaded_again(kaggle, go):
+    kaggle.faults["CreateDataset"] = [no(400)]
+    with pytest.raises(KaggleError):
+        go(datasets=True)
+    sent = len(kaggle.bodies("StartBlobUpload"))
+    kaggle.requests.clear()
+    go(datasets=True)
+    assert sent == 4 and len(kaggle.bodies("StartBlobUpload")) == 3
+    assert len([it for it in kaggle.bodies("PUT") if it]) == 3
+
+
 def test_a_part_that_silently_goes_missing_stops_the_publish(kaggle, go):
     kaggle.lost = {"part-1.bin"}
     with pytest.raises(
@@ -533,6 +544,13 @@ def test_taken_gpu_sessions_are_not_waited_for_without_end(kaggle, go, clock):
     with pytest.raises(KaggleError, match="Maximum batch GPU session count of 2"):
         go()
     assert clock.seconds < 14 * 3600
+
+
+def test_a_server_that_asks_for_a_day_gets_ten_minutes(kaggle, go, clock):
+    day = Fault(429, {"code": 429, "message": "later"}, {"Retry-After": "86400"})
+    kaggle.faults["GetDatasetStatus"] = [day]
+    go(datasets=True)
+    assert clock.naps == [600]
 
 
 def test_polling_survives_a_server_that_stumbles(kaggle, go):
