@@ -67,6 +67,7 @@ class Kaggle:
         self.requests: list[Request] = []
         self.faults: dict[str, list[Fault]] = {}
         self.lost: set[str] = set()  # names that the next dataset version lacks
+        self.expired: set[str] = set()  # upload tokens that are no longer known
         self.dataset_states: States = ("READY",)
         self.kernel_states: States = ("QUEUED", "RUNNING", "COMPLETE")
         self.submission_states: States = ("PENDING", "COMPLETE")
@@ -126,6 +127,8 @@ class Kaggle:
 
     def put(self, token: str, content: bytes, span: str) -> tuple[int, dict[str, str]]:
         """Bytes of an upload, or a question how many are here (span `bytes */N`)."""
+        if token in self.expired:
+            return 404, {}
         blob = self._blobs[token]
         if span.startswith("bytes */"):
             whole = len(blob.content) == blob.size

@@ -327,6 +327,12 @@ def test_a_submission_whose_answer_is_lost_is_entered_once(kaggle, go):
     assert len(kaggle.submissions) == 1
 
 
+def test_a_repeated_push_that_is_lost_is_not_taken_for_the_one_before(kaggle, go):
+    go()
+    kaggle.faults["SaveKernel"] = [Fault(drop=True)]
+    assert go(kernel=True, again=True).kernel == f"{SUBMISSION}/2"
+
+
 @pytest.mark.parametrize("method", ["CreateDataset", "SaveKernel", "GetKernel"])
 def test_a_lost_question_is_asked_again(kaggle, go, method):
     kaggle.faults[method] = [Fault(drop=True)]
@@ -424,7 +430,7 @@ def test_a_file_that_never_arrives_makes_no_dataset(kaggle, go):
 
 
 def test_an_expired_upload_begins_anew(kaggle, go):
-    kaggle.faults["PUT"] = [Fault(503), Fault(404), Fault(404)]
+    kaggle.expired = {"blob1", "blob3"}
     go(datasets=True)
     assert len(kaggle.datasets[FEATURES][0]) == 4
 
@@ -484,6 +490,15 @@ def test_a_dataset_is_waited_for_until_it_is_ready(kaggle, go, clock):
     kaggle.dataset_states = ["BLOBS_RECEIVED", "BLOBS_COPIED_TO_SDS", "READY"]
     go(datasets=True)
     assert clock.naps == [2, 3, 2, 3]
+
+
+def test_the_version_before_is_not_taken_for_the_new_one(kaggle, go, build):
+    go(datasets=True)
+    (build / "weights" / "model.json").write_bytes(b"changed")
+    manifest.write(build, builds.COMPETITION)
+    old = Fault(200, {"currentVersionNumber": 1})
+    kaggle.faults["GetDataset"] = [old, old, old]  # the last after the new version
+    assert go(datasets=True).datasets == {FEATURES: 1, WEIGHTS: 2}
 
 
 def test_a_dataset_that_is_still_processed_is_not_sent_twice(kaggle, go):
