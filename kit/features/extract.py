@@ -1,7 +1,7 @@
 """Images -> features: models over one list into stores, on one process or many, resumable.
 
 `python -m kit.features.extract JOB.json`, alone or under torchrun; `run` does the work. Every
-image is read and decoded once for all models.
+image is read and decoded once for all models, and not at all where features of it are known.
 """
 
 import logging
@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from kit.data.images import packed
 from kit.data.inputs import InputSpec
 from kit.data.readers import open_reader
 from kit.features import fill, store
+from kit.features.known import Known, load_known
 from kit.features.views import Views
 from kit.models import net as nets
 
@@ -45,6 +46,8 @@ class Job:
     batch: int = 32  # images; three scales of L2 are 0.2 GB, twice in each worker
     workers: int = 2  # loader processes of each rank
     max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
+    # lists whose stores, in <model>/<known>, already have some of the images
+    known: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         config.check(self, least={"batch": 1, "workers": 0, "max_unreadable": 0})
@@ -53,6 +56,11 @@ class Job:
         for name in self.models:
             if not tars.inside(name):
                 raise ValueError(f"model {name!r} is not a path inside {self.runs}")
+        for name in self.known:
+            if name == self.images or not tars.inside(name):
+                raise ValueError(
+                    f"known list {name!r} is not another one than {self.images}"
+                )
 
     def store(self, model: str) -> Path:
         return self.features / model / self.images
@@ -79,17 +87,17 @@ def run(job: Job) -> list[Path]:
     """Fills each model's store block by block, each rank its share; what is there is kept.
 
     Vectors are equal to the bit for any number of ranks and any other models in the job, but
-    for models of other shapes: they make other batches, and those round otherwise.
+    for models of other shapes: they make other batches, and those round otherwise. So do images
+    that are known; their vectors are copies.
     """
     with launch.group() as rank, ExitStack() as locks:
         # ranks finish further apart than a collective may usually take
         patient = dist.new_group(timeout=PATIENCE) if rank.world > 1 else None
-        abouts = {name: nets.describe(job.runs / name) for name in job.models}
-        listed = _prepare(job, abouts, rank, locks)
+        listed, targets = _prepare(job, rank, locks)
         _sum((0, 0), rank, patient)  # the stores are there
         models = [
-            fill.Model(job.runs / name, _spec(about), job.views, job.store(name))
-            for name, about in abouts.items()
+            fill.Model(job.runs / name, to.spec, job.views, to.known, job.store(name))
+            for name, to in targets.items()
         ]
         share = fill.fill(job.data, listed, models, rank, job.batch, job.workers)
         written, total = _sum(share, rank, patient)
@@ -112,31 +120,54 @@ def _sum(counts: tuple[int, int], rank: launch.Rank, patient: Any) -> tuple[int,
     return tuple(total.tolist())
 
 
+class _Target(NamedTuple):
+    """What a model's store is to hold."""
+
+    spec: InputSpec
+    dim: int
+    facts: dict[str, Any]  # of its manifest
+    known: Known
+
+
 def _prepare(
-    job: Job, abouts: dict[str, dict], rank: launch.Rank, locks: ExitStack
-) -> fill.Listed:
-    """The list as every rank needs it; the main one creates the stores and keeps their locks."""
-    specs = {name: _spec(about) for name, about in abouts.items()}
-    shown = [job.views.of(spec) for spec in specs.values()]
+    job: Job, rank: launch.Rank, locks: ExitStack
+) -> tuple[fill.Listed, dict[str, _Target]]:
+    """What every rank needs; the main one creates the stores and keeps their locks."""
+    abouts = {name: nets.describe(job.runs / name) for name in job.models}
+    shown = [job.views.of(_spec(about)) for about in abouts.values()]
     wanted = ["id", "path"]
     if any(spec.template for spec in shown):
         wanted += ["height", "width"]
     rows = lists.load(job.lists, job.images, wanted)
     first = ~rows.rows["id"].duplicated().to_numpy()
-    listed = _listed(rows, first, shown)
-    _refuse_wrong_root(job.data, listed.paths)
+    ids = rows.ids[first]
+    of = {"name": rows.name, "hash": rows.hash}
+    targets = {name: _target(job, name, abouts[name], of, ids) for name in abouts}
+    known = np.logical_and.reduce([to.known.there for to in targets.values()])
+    listed = _listed(rows, first, known, shown)
+    _refuse_wrong_root(job.data, listed.paths[np.flatnonzero(~known)[:100]])
     if rank.main:
+        if known.any():
+            counts = int(known.sum()), len(known)
+            log.info("%s: %d of %d images are known already", job.images, *counts)
         for folder in sorted(map(job.store, job.models)):
             locks.enter_context(files.lock(folder))
-        ids = rows.ids[first]
-        for name, about in abouts.items():
-            facts = {
-                "model": {"name": name, "hash": about["hash"]},
-                "list": {"name": rows.name, "hash": rows.hash},
-                "seen": about["seen"],
-            } | job.views.facts(specs[name])
-            store.create(job.store(name), ids, about["dim"], fill.BLOCK, facts)
-    return listed
+        for name, to in targets.items():
+            store.create(job.store(name), ids, to.dim, fill.BLOCK, to.facts)
+    return listed, targets
+
+
+def _target(
+    job: Job, name: str, about: dict[str, Any], of: dict[str, str], ids: np.ndarray
+) -> _Target:
+    """of: name and hash of the list, whose images are `ids`."""
+    spec = _spec(about)
+    views = job.views.facts(spec)
+    model = {"name": name, "hash": about["hash"]}
+    stores = [job.features / name / other for other in job.known]
+    there = Known([load_known(path, about["hash"], views) for path in stores], ids)
+    facts = {"model": model, "list": of, "seen": about["seen"]} | views
+    return _Target(spec, about["dim"], facts, there)
 
 
 def _spec(about: dict[str, Any]) -> InputSpec:
@@ -144,14 +175,18 @@ def _spec(about: dict[str, Any]) -> InputSpec:
 
 
 def _listed(
-    images: lists.ImageList, first: np.ndarray, specs: Sequence[InputSpec]
+    images: lists.ImageList,
+    first: np.ndarray,
+    known: np.ndarray,
+    specs: Sequence[InputSpec],
 ) -> fill.Listed:
+    """known: (N,) bool, of the N images that `first` leaves."""
     paths = packed(images.rows["path"].to_numpy())[first]
     group, sizes = np.zeros(len(paths), np.int64), None
     by_template = {spec.template: spec for spec in specs if spec.template}
     if by_template:
         sizes = images.rows[["height", "width"]].to_numpy(np.int32)[first]
-        if (sizes <= 0).all():
+        if not known.all() and (sizes[~known] <= 0).all():
             raise ValueError(
                 f"list {images.name} has no heights and widths, from which template "
                 f"{next(iter(by_template))} takes its shapes; run 00_image_lists with sizes"
@@ -159,12 +194,12 @@ def _listed(
         for spec in by_template.values():
             own = np.unique(spec.group(*sizes.T), return_inverse=True)[1]
             group = group * (own.max() + 1) + own
-    return fill.Listed(images.name, paths, sizes, group)
+    return fill.Listed(images.name, paths, sizes, np.where(known, fill.KNOWN, group))
 
 
 def _refuse_wrong_root(data: Path, paths: np.ndarray) -> None:
-    reader = open_reader(data)
-    if not any(reader.exists(path.decode()) for path in paths[:100]):
+    """paths: some that are to be looked at."""
+    if len(paths) and not any(map(open_reader(data).exists, map(bytes.decode, paths))):
         raise FileNotFoundError(
             f"{data}: {paths[0].decode()} is not there, nor are the list's next images; "
             "is this the folder that the list's paths start from?"
@@ -184,6 +219,28 @@ def _finish(job: Job) -> None:
             log.info("%s, %s: %d images cannot be read", name, job.images, missing)
     if refused:
         raise refused
+
+
+def settle(job: Job) -> int:
+    """When the time is over: marks the stores complete with what is there, and what is known.
+
+    Returns how many images were not looked at; they count as unreadable until `run` goes on.
+    Refuses a store without any features.
+    """
+    with ExitStack() as locks:
+        alone = launch.Rank(0, 1, 0, torch.device("cpu"))
+        listed, targets = _prepare(job, alone, locks)
+        lacking = np.zeros(len(listed.paths), bool)
+        for name, to in targets.items():
+            writer = store.Writer(job.store(name))
+            for block in np.flatnonzero(writer.done == 0):
+                rows = np.arange(len(lacking))[block * fill.BLOCK :][: fill.BLOCK]
+                vectors = np.zeros((len(rows), to.dim), np.float16)
+                to.known.copy(rows[0], vectors)
+                writer.write(block, vectors, mark=False)
+                lacking[rows] |= ~to.known.there[rows]
+            store.finish(job.store(name), lacking=True)
+    return int(lacking.sum())
 
 
 @launch.entry

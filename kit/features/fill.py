@@ -16,12 +16,14 @@ from kit import launch
 from kit.data.images import EvalImages, in_worker
 from kit.data.inputs import InputSpec, View
 from kit.features import store
+from kit.features.known import Known
 from kit.features.views import Views, embed
 from kit.models import net as nets
 
 log = logging.getLogger(__name__)
 
 BLOCK = 512  # rows that are marked done together
+KNOWN = -1  # group of the images whose features all models have already
 
 
 class Listed(NamedTuple):
@@ -30,14 +32,17 @@ class Listed(NamedTuple):
     name: str
     paths: np.ndarray  # (N,) bytes
     sizes: np.ndarray | None  # (N, 2) int32 height and width, where a template asks
-    group: np.ndarray  # (N,) images of one number have one shape in every view
+    # (N,) images of one number have one shape in every view; KNOWN: none is looked at
+    group: np.ndarray
 
 
 class Model:
     """A model on its way through a list, and the store it fills."""
 
-    def __init__(self, folder: Path, spec: InputSpec, how: Views, out: Path) -> None:
-        self.folder, self.how = folder, how
+    def __init__(
+        self, folder: Path, spec: InputSpec, how: Views, known: Known, out: Path
+    ) -> None:
+        self.folder, self.how, self.known = folder, how, known
         self.views, self.writer = how.each(spec), store.Writer(out)
 
     def lacks(self, block: int) -> bool:
@@ -73,20 +78,22 @@ class Model:
         self.vectors[at] = found.cpu().numpy() * readable.numpy()[:, None]
 
     def end(self, block: int) -> None:
+        self.known.copy(block * BLOCK, self.vectors)
         self.writer.write(block, self.vectors)
 
 
 def batches(group: np.ndarray, block: int, size: int) -> list[np.ndarray]:
-    """The rows of a block in batches of one shape.
+    """The rows of a block that are looked at, in batches of one shape.
 
-    They depend on the list alone, so that vectors do not depend on the number of ranks, nor on
-    which blocks were there before.
+    They depend on the list and on what is known, so that vectors do not depend on the number of
+    ranks, nor on which blocks were there before.
     """
     first = block * BLOCK
     here = group[first : first + BLOCK]
     return [
         rows[start : start + size]
-        for rows in (first + np.flatnonzero(here == n) for n in np.unique(here))
+        for n in np.unique(here[here != KNOWN])
+        for rows in [first + np.flatnonzero(here == n)]
         for start in range(0, len(rows), size)
     ]
 
@@ -101,31 +108,26 @@ def fill(
 ) -> tuple[int, int]:
     """Every block of this rank that a model lacks; what is not finished in time is left.
 
-    How many images went through, and how many should have.
+    How many rows were written, and how many should have been.
     """
     blocks = range(rank.rank, -(-len(listed.paths) // BLOCK), rank.world)
     # a fixed share of all blocks: what others finish in the meantime must not shift it
     todo = [block for block in blocks if any(model.lacks(block) for model in models)]
-    rows_of = {b: min((b + 1) * BLOCK, len(listed.paths)) - b * BLOCK for b in todo}
-    pace = _Pace(listed.name, sum(rows_of.values()), rank)
-    if not todo:
-        return 0, 0
+    groups = {b: listed.group[b * BLOCK : (b + 1) * BLOCK] for b in todo}
+    looks = {b: int((group != KNOWN).sum()) for b, group in groups.items()}
     models = [model for model in models if any(map(model.lacks, todo))]
     for model in models:
-        model.load(rank.device)
+        if any(looks[b] for b in todo if model.lacks(b)):
+            model.load(rank.device)
     views = list(dict.fromkeys(view for model in models for view in model.views))
-    loader = DataLoader(
-        EvalImages(data, listed.paths, views, sizes=listed.sizes),
-        batch_sampler=(rows for b in todo for rows in batches(listed.group, b, batch)),
-        num_workers=workers,
-        worker_init_fn=in_worker,
-        pin_memory=rank.device.type == "cuda",
-    )
-    loaded = iter(loader)
+    pace, written, loaded = _Pace(listed.name, sum(looks.values()), rank), 0, iter(())
+    if pace.total:
+        rows = (rows for b in todo for rows in batches(listed.group, b, batch))
+        loaded = _loaded(data, listed, views, rows, rank, workers)
     for block in todo:
         lacking = [model for model in models if model.lacks(block)]
         for model in lacking:
-            model.begin(rows_of[block])
+            model.begin(len(groups[block]))
         for rows in batches(listed.group, block, batch):
             pictures, readable = pace.wait(loaded)
             pictures = (x.to(rank.device, non_blocking=True) for x in pictures)
@@ -135,13 +137,33 @@ def fill(
             pace.tell(len(rows))
         for model in lacking:
             model.end(block)
+        written += len(groups[block])
         if launch.time_left() <= 0:
             break
-    return pace.written, pace.total
+    return written, sum(map(len, groups.values()))
+
+
+def _loaded(
+    data: Path,
+    listed: Listed,
+    views: Sequence[View],
+    batches: Iterator[np.ndarray],
+    rank: launch.Rank,
+    workers: int,
+) -> Iterator[Any]:
+    """The batches' pictures, each view's of (B, 3, h, w), and which could be read."""
+    loader = DataLoader(
+        EvalImages(data, listed.paths, views, sizes=listed.sizes),
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=in_worker,
+        pin_memory=rank.device.type == "cuda",
+    )
+    return iter(loader)
 
 
 class _Pace:
-    """Counts a rank's images, and tells every ten seconds how far the main one is."""
+    """Counts the images that a rank looks at, and tells every ten seconds how far the main one is."""
 
     def __init__(self, name: str, total: int, rank: launch.Rank) -> None:
         self.name, self.total, self.rank = name, total, rank

@@ -37,12 +37,17 @@ class Features:
     def dim(self) -> int:
         return self.vectors.shape[1]
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """(M,) rows of `ids`; refuses an id that the store lacks."""
+    def locate(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) rows of `ids`; -1 where the store lacks one."""
         order = np.argsort(self.ids)
         at = np.searchsorted(self.ids, ids, sorter=order).clip(max=len(self.ids) - 1)
         rows = order[at]
-        strange = self.ids[rows] != ids
+        return np.where(self.ids[rows] == ids, rows, -1)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) rows of `ids`; refuses an id that the store lacks."""
+        rows = self.locate(ids)
+        strange = rows < 0
         if strange.any():
             raise ValueError(
                 f"features of list {self.manifest['list']['name']} have no image "
@@ -70,8 +75,9 @@ def create(
 ) -> np.ndarray:
     """Prepares a store to be filled; returns its block bitmap (1: already there).
 
-    A store of the same `about` goes on where it stopped; another one there is replaced. Space is
-    taken at once, so that a full disk is an error here and not a crash in the middle.
+    A store of the same `about` goes on where it stopped, one that was finished without some
+    blocks too; another one there is replaced. Space is taken at once, so that a full disk is an
+    error here and not a crash in the middle.
     """
     manifest = folder / "manifest.json"
     facts = {**about, "rows": len(ids), "dim": dim, "block": block}
@@ -85,7 +91,10 @@ def create(
         _save(folder / "done.npy", np.zeros(-(-len(ids) // block), np.uint8))
         unfinished = {"complete": False, "unreadable": [], "kit": kit.__version__}
         files.write_json(manifest, facts | unfinished)
-    return np.load(folder / "done.npy", allow_pickle=False)
+    done = np.load(folder / "done.npy", allow_pickle=False)
+    if same and not done.all():
+        files.write_json(manifest, files.read_json(manifest) | {"complete": False})
+    return done
 
 
 class Writer:
@@ -105,8 +114,11 @@ class Writer:
         self.vectors_at, self.done_at = (each.offset for each in maps)
         (self.rows, self.dim), self.done = maps[0].shape, np.array(maps[1])
 
-    def write(self, number: int, vectors: np.ndarray) -> None:
-        """The (n, D) vectors of block `number`, then its mark, each down to the disk."""
+    def write(self, number: int, vectors: np.ndarray, mark: bool = True) -> None:
+        """The (n, D) vectors of block `number`, then its mark, each down to the disk.
+
+        Without its mark, a block is made again by whoever goes on with the store.
+        """
         first = number * self.block
         expected = min(self.block, self.rows - first), self.dim
         if vectors.shape != expected:
@@ -116,17 +128,19 @@ class Writer:
         half = np.ascontiguousarray(vectors, np.float16)
         at = self.vectors_at + first * self.dim * half.itemsize
         _overwrite(self.folder / "vectors.npy", at, half.tobytes())
-        _overwrite(self.folder / "done.npy", self.done_at + number, b"\1")
-        self.done[number] = 1
+        if mark:
+            _overwrite(self.folder / "done.npy", self.done_at + number, b"\1")
+            self.done[number] = 1
 
 
-def finish(folder: Path, max_unreadable: float = 1.0) -> int:
+def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> int:
     """Marks a store complete; returns how many images could not be read: zero rows.
 
-    More than a share of `max_unreadable` is refused, and their blocks are open again.
+    More than a share of `max_unreadable` is refused, and their blocks are open again. lacking:
+    blocks need no mark; of those, what is written counts, and `create` goes on with them.
     """
     done = np.load(folder / "done.npy", mmap_mode="r+", allow_pickle=False)
-    if not done.all():
+    if not lacking and not done.all():
         raise RuntimeError(
             f"{folder}: blocks are missing; run 03_extract_features again"
         )
@@ -139,6 +153,8 @@ def finish(folder: Path, max_unreadable: float = 1.0) -> int:
             for start in range(0, len(ids), 16_384)
         ]
     )
+    if lacking and zero.all():
+        raise RuntimeError(f"{folder}: not one image's features are there")
     names = [str(name) for name in ids[zero]]
     if len(names) > max_unreadable * len(ids):
         done[np.unique(np.flatnonzero(zero) // about["block"])] = 0

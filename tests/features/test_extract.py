@@ -6,8 +6,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
+from dataclasses import fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -458,6 +458,10 @@ def test_batches_hold_one_shape_and_every_row_of_the_block_once(monkeypatch):
     first, second = (fill.batches(group, block, 3) for block in (0, 1))
     assert [rows.tolist() for rows in first] == [[1, 2, 4], [5, 7], [0, 3, 6]]
     assert [rows.tolist() for rows in second] == [[10], [8, 9]]
+    group[[1, 7, 8, 9, 10]] = fill.KNOWN  # and none that is known
+    first, second = (fill.batches(group, block, 3) for block in (0, 1))
+    assert [rows.tolist() for rows in first] == [[2, 4, 5], [0, 3, 6]]
+    assert second == []
 
 
 @pytest.mark.parametrize(
@@ -787,6 +791,342 @@ def test_finished_features_are_not_computed_again(three, monkeypatch):
     extract.run(three)
 
 
+# What is known already
+
+THERE = [1, 2, 7, 12, 13, 14, 15, 17, 18, 20]  # rows of `full`; all of block 3
+
+
+def facts_of(job: Job, name: str) -> dict:
+    about = nets.describe(job.runs / name)
+    spec = config.from_dict(nets.NetConfig, about["config"]).input
+    model = {"name": name, "hash": about["hash"]}
+    return {
+        "model": model,
+        "list": {"name": "old", "hash": "0" * 64},
+    } | job.views.facts(spec)
+
+
+def remember(job: Job, name: str, ids, old: str = "old", seed: int = 0, **changed):
+    """A store of vectors that no extraction gives, of `ids` and strangers; id -> vector."""
+    dim = nets.describe(job.runs / name)["dim"]
+    ids = np.array([f"{seed:016}", *reversed(ids), "f" * 16])
+    vectors = np.random.default_rng(seed).normal(size=(len(ids), dim))
+    folder = job.features / name / old
+    store.create(folder, ids, dim, 64, facts_of(job, name) | changed)
+    store.Writer(folder).write(0, vectors.astype(np.float16))
+    store.finish(folder)
+    return dict(zip(ids.tolist(), vectors.astype(np.float16), strict=True))
+
+
+def ids_of(data: Path, rows=slice(None)) -> np.ndarray:
+    return lists.load(data / "lists", "full").ids[rows]
+
+
+@pytest.fixture
+def knowing(three, data, tmp_path):
+    """A job of two models that know some images, whose files are gone."""
+    job = replace(three, models=("clean", "other/all"), known=("old",), data=tmp_path)
+    for seed, name in enumerate(job.models):
+        remember(job, name, ids_of(data, THERE), seed=seed)
+    paths = lists.load(data / "lists", "full").rows["path"]
+    for path in paths.drop(THERE):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        if (data / path).exists():
+            (tmp_path / path).symlink_to(data / path)
+    return job
+
+
+def test_known_images_are_copied_to_the_bit_and_the_others_are_looked_at(
+    knowing, data, small_blocks, undisturbed, monkeypatch
+):
+    read, real = [], images.decode
+
+    def decode(content, name, *rest):
+        read.append(name)
+        return real(content, name, *rest)
+
+    monkeypatch.setattr(images, "decode", decode)
+    extract.run(knowing)
+    ids, there = ids_of(data), np.isin(np.arange(24), THERE)
+    paths = lists.load(data / "lists", "full").rows["path"]
+    asked = [path for path in paths[~there] if path != "bad/gone.jpg"]
+    assert sorted(read) == sorted(asked)  # once for both models
+    for seed, name in enumerate(knowing.models):
+        features = store.load(knowing.store(name))
+        stored = remember(knowing, name, ids[THERE], "again", seed)
+        expected = np.stack([stored[each] for each in ids[THERE]])
+        assert features.vectors[there].tobytes() == expected.tobytes()
+        whole = replace(knowing, models=(name,), known=(), data=data)
+        (plain,) = undisturbed(whole)
+        vectors = np.frombuffer(plain["vectors.npy"][128:], np.float16)
+        vectors = vectors.reshape(24, -1)
+        np.testing.assert_allclose(features.vectors[~there], vectors[~there], atol=2e-3)
+        bad = paths.isin(BAD).to_numpy()
+        assert features.manifest["unreadable"] == ids[bad].tolist()
+
+
+def test_a_store_does_not_say_what_was_known(knowing, small_blocks, undisturbed, data):
+    extract.run(knowing)
+    plain = undisturbed(replace(knowing, known=(), data=data))
+    for name, expected in zip(knowing.models, plain, strict=True):
+        found = contents(knowing.store(name))
+        assert found["vectors.npy"] != expected["vectors.npy"]
+        for each in ("manifest.json", "ids.npy", "done.npy"):
+            assert found[each] == expected[each]
+
+
+def test_a_known_image_that_could_not_be_read_is_looked_at_again(job, data):
+    remember(job, "clean", ids_of(data, [0, 3]))
+    vectors, _ = maps(job.features / "clean/old")
+    row = store.load(job.features / "clean/old").locate(ids_of(data, [3]))
+    vectors[row] = 0
+    vectors.flush()
+    store.finish(job.features / "clean/old")
+    features = extracted(replace(job, known=("old",)))
+    plain = extracted(replace(job, features=job.features / "plain"))
+    np.testing.assert_allclose(features.vectors[1:], plain.vectors[1:], atol=2e-3)
+    assert not np.allclose(features.vectors[0], plain.vectors[0], atol=0.1)
+
+
+def test_the_first_of_several_lists_counts_and_each_model_has_its_own(
+    three, data, small_blocks
+):
+    ids = ids_of(data)
+    job = replace(three, models=("clean", "c2x"), known=("old", "older"))
+    rows = {"clean": ([0, 1, 2], [2, 5]), "c2x": ([1, 2, 8], [5])}
+    seeds, known = iter(range(4)), {}
+    for name, both in rows.items():
+        older = [
+            remember(job, name, ids[some], old, next(seeds))
+            for old, some in zip(job.known, both, strict=True)
+        ]
+        known[name] = older[1] | older[0]
+    extract.run(job)
+    extract.run(replace(job, known=(), features=job.features / "plain"))
+    for name, both in rows.items():
+        features = store.load(job.store(name))
+        plain = store.load(job.features / "plain" / name / "full")
+        for row, image in enumerate(ids):
+            if row in (*both[0], *both[1]):
+                expected = known[name][image]
+                assert features.vectors[row].tobytes() == expected.tobytes()
+            else:
+                np.testing.assert_allclose(
+                    features.vectors[row], plain.vectors[row], atol=2e-3
+                )
+
+
+@pytest.mark.parametrize("template", ["own", "SS"])
+def test_where_all_is_known_no_model_is_loaded_and_no_image_is_opened(
+    job, data, tmp_path, monkeypatch, template
+):
+    job = replace(job, views=Views(template=template, size=64), known=("old",))
+    rows = pd.read_csv(data / "sized/full.csv", dtype=str, keep_default_na=False)
+    rows[["height", "width"]] = "-1"
+    relisted(data / "sized", tmp_path / "lists", rows)
+    stored = remember(job, "clean", ids_of(data))
+    monkeypatch.setattr(nets, "load", lambda *_: pytest.fail("the network was loaded"))
+    gone = replace(job, lists=tmp_path / "lists", data=tmp_path / "gone", workers=2)
+    features = extracted(gone)
+    expected = np.stack([stored[each] for each in features.ids])
+    assert features.vectors.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_any_number_of_ranks_gives_the_same_bytes_with_what_is_known(
+    knowing, small_blocks, monkeypatch, world
+):
+    expected = [contents(folder) for folder in extract.run(knowing)]
+    for name in knowing.models:
+        _, done = maps(knowing.store(name))
+        done[:] = 0
+        done.flush()
+    assert as_ranks(knowing, monkeypatch, world) == [None] * world
+    assert [contents(knowing.store(name)) for name in knowing.models] == expected
+
+
+@pytest.mark.parametrize("blocks", [[0], [3], [1, 3, 5]])
+def test_going_on_gives_the_same_bytes_with_what_is_known(
+    knowing, small_blocks, blocks
+):
+    before = [contents(folder) for folder in extract.run(knowing)]
+    for name in knowing.models[: len(blocks)]:
+        vectors, done = maps(knowing.store(name))
+        for block in blocks:
+            vectors[block * 4 : block * 4 + 4] = np.nan
+            done[block] = 0
+        vectors.flush()
+        done.flush()
+    assert [contents(folder) for folder in extract.run(knowing)] == before
+
+
+def test_the_log_counts_the_images_that_are_looked_at(knowing, caplog):
+    caplog.set_level(logging.INFO)
+    extract.run(knowing)
+    assert "full: 10 of 24 images are known already" in caplog.text
+    assert "full      14/14 images" in caplog.text
+
+
+def test_a_block_of_known_images_that_is_left_is_work_that_is_left(
+    knowing, small_blocks, monkeypatch
+):
+    extract.run(knowing)
+    _, done = maps(knowing.folder)
+    done[[2, 3]] = 0
+    done.flush()
+    monkeypatch.setenv("KIT_STOP_AT", "1")
+    with pytest.raises(launch.Stopped, match="full: stopped after 4 of 8 images"):
+        extract.run(knowing)
+    extract.run(knowing)
+    store.load(knowing.folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": {"name": "clean", "hash": "1" * 64}}, "model 111111111111, not "),
+        ({"scales": [1.0, 0.5]}, "scales [1.0, 0.5], not [1.0]"),
+        ({"size": 65}, "size 65, not 64"),
+        ({"template": "SS"}, "template SS, not square"),
+        ({"multiple": 32}, "multiple 32, not 16"),
+        ({"least": 64}, "least 64, not 32"),
+        ({"flip": True}, "flip True, not False"),
+        ({"normalise": True}, "normalise True, not False"),
+    ],
+)
+def test_known_features_of_other_weights_or_views_are_refused(job, data, changed, said):
+    remember(job, "clean", ids_of(data, THERE), **changed)
+    with pytest.raises(ValueError) as error:
+        extract.run(replace(job, known=("old",)))
+    assert f"clean/old: made with {said}" in str(error.value)
+    assert not job.folder.exists()
+
+
+def test_every_view_must_be_the_same(job, data):
+    assert {*Views().facts(SPEC)} == {field.name for field in fields(Views)}
+
+
+def test_the_same_weights_are_known_by_another_name_too(job, data):
+    moved = {"name": "elsewhere", "hash": facts_of(job, "clean")["model"]["hash"]}
+    stored = remember(job, "clean", ids_of(data, [0]), model=moved)
+    features = extracted(replace(job, known=("old",)))
+    assert features.vectors[0].tobytes() == stored[features.ids[0]].tobytes()
+
+
+def test_known_features_that_are_missing_or_not_whole_are_refused(three, data):
+    job = replace(three, known=("old",))
+    for name in job.models[:2]:
+        remember(job, name, ids_of(data, THERE))
+    with pytest.raises(FileNotFoundError, match="no features in .*other/all/old;"):
+        extract.run(job)
+    manifest = job.features / "c2x/old/manifest.json"
+    files.write_json(manifest, files.read_json(manifest) | {"complete": False})
+    with pytest.raises(ValueError, match="c2x/old: extraction has not finished"):
+        extract.run(job)
+    assert not job.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["full", "../old", "/old"])
+def test_a_known_list_is_another_one_and_lies_beside(job, name):
+    with pytest.raises(ValueError, match=f"known list '{name}' is not another one"):
+        replace(job, known=(name,))
+
+
+# Settling
+
+
+def stopped(job: Job, monkeypatch, runs: int = 1) -> None:
+    """So many blocks of the job done."""
+    with monkeypatch.context() as patch:
+        patch.setenv("KIT_STOP_AT", "1")
+        for _ in range(runs):
+            with pytest.raises(launch.Stopped):
+                extract.run(job)
+
+
+def test_when_the_time_is_over_what_is_there_can_be_used(
+    three, data, small_blocks, monkeypatch, undisturbed
+):
+    expected = undisturbed(three)
+    stopped(three, monkeypatch, 2)
+    for name in three.models:  # such as of a process that was killed while writing
+        vectors, _ = maps(three.store(name))
+        vectors[14:16] = 7
+        vectors.flush()
+    assert extract.settle(three) == 16
+    ids, paths = ids_of(data), lists.load(data / "lists", "full").rows["path"]
+    bad = paths[:8].isin(BAD).to_numpy()
+    assert bad.any()
+    for name, whole in zip(three.models, expected, strict=True):
+        features = store.load(three.store(name))
+        assert not features.vectors[8:].any()
+        done = np.ascontiguousarray(features.vectors[:8]).tobytes()
+        assert whole["vectors.npy"][128:].startswith(done)
+        unreadable = [*ids[:8][bad], *ids[8:]]
+        assert features.manifest["unreadable"] == unreadable
+
+
+def test_a_settled_job_goes_on_and_ends_the_same(
+    three, small_blocks, monkeypatch, undisturbed
+):
+    expected = undisturbed(three)
+    stopped(three, monkeypatch)
+    assert extract.settle(three) == 20
+    stopped(three, monkeypatch)
+    for name in three.models:  # is open again
+        with pytest.raises(ValueError, match="has not finished"):
+            store.load(three.store(name))
+    assert extract.settle(three) == 16
+    assert [contents(folder) for folder in extract.run(three)] == expected
+    assert extract.settle(three) == 0
+    assert [contents(three.store(name)) for name in three.models] == expected
+
+
+def test_an_image_that_one_model_lacks_is_lacking(three, small_blocks, monkeypatch):
+    extract.run(three)
+    for name, blocks in zip(three.models, ([], [2, 5], [0, 2]), strict=True):
+        _, done = maps(three.store(name))
+        done[blocks] = 0
+        done.flush()
+    assert extract.settle(three) == 12
+
+
+def test_what_is_known_is_there_when_the_time_is_over(
+    knowing, data, small_blocks, monkeypatch
+):
+    stopped(knowing, monkeypatch)
+    lacking = [row for row in range(4, 24) if row not in THERE]
+    assert extract.settle(knowing) == len(lacking)
+    ids = ids_of(data)
+    for seed, name in enumerate(knowing.models):
+        features = store.load(knowing.store(name))
+        stored = remember(knowing, name, ids[THERE], "again", seed)
+        for row in THERE:
+            assert features.vectors[row].tobytes() == stored[ids[row]].tobytes()
+        assert features.manifest["unreadable"] == ids[lacking].tolist()
+        assert maps(knowing.store(name))[1].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_nothing_at_all_is_not_settled(three, made, tmp_path, small_blocks):
+    with pytest.raises(RuntimeError, match="clean/full: not one image's features are"):
+        extract.settle(three)
+    with pytest.raises(ValueError, match="has not finished"):
+        store.load(three.folder)
+    extract.run(three)
+    torch.manual_seed(5)
+    for name, net in made[1].items():  # what is there is of other weights
+        nets.save(nets.build(net.config), tmp_path / name, SEEN)
+    with pytest.raises(RuntimeError, match="clean/full: not one image's features are"):
+        extract.settle(replace(three, runs=tmp_path))
+
+
+def test_a_job_that_is_being_written_is_not_settled(job, monkeypatch):
+    monkeypatch.setattr(files, "lock", partial(files.lock, patience=0.0))
+    writing = pytest.raises(RuntimeError, match="another process is writing here")
+    with files.lock(job.folder), writing:
+        extract.settle(job)
+
+
 # Ranks
 
 
@@ -929,7 +1269,7 @@ def test_processes_give_the_bytes_of_one(three, data, tmp_path, monkeypatch, pro
 
 def test_a_job_survives_its_file(three):
     views = Views(320, "L2", (0.7, 1.0), 32, 128, True, True)
-    job = replace(three, views=views, batch=3)
+    job = replace(three, views=views, batch=3, known=("old", "older"))
     path = job.write()
     assert path == job.features / "clean/full/job.json" == job.folder / "job.json"
     assert config.read(Job, path) == job

@@ -310,6 +310,38 @@ def test_unreadable_rows_are_found_in_stores_of_any_length(folder):
     assert np.flatnonzero(~features.readable()).tolist() == zero
 
 
+def test_a_block_can_be_written_without_its_mark(folder):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    writer = store.Writer(folder)
+    writer.write(1, vectors_of(10)[4:8], mark=False)
+    assert np.array_equal(vectors_in(folder)[4:8], vectors_of(10)[4:8])
+    assert marks_in(folder) == writer.done.tolist() == [0, 0, 0]
+
+
+def test_a_store_that_lacks_blocks_is_finished_with_what_is_there(folder):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    write(folder, vectors_of(10), 0)
+    store.Writer(folder).write(1, vectors_of(10)[4:8] * [[0], [1], [0], [0]], False)
+    assert store.finish(folder, lacking=True) == 5
+    features = store.load(folder)
+    assert features.manifest["unreadable"] == IDS[[4, 6, 7, 8, 9]].tolist()
+    assert marks_in(folder) == [1, 0, 0]
+    assert store.create(folder, IDS, 3, 4, ABOUT).tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="has not finished"):
+        store.load(folder)  # it goes on
+    write(folder, vectors_of(10), 1, 2)
+    assert store.finish(folder) == 0
+    assert np.array_equal(store.load(folder).vectors, vectors_of(10))
+
+
+def test_a_store_that_lacks_everything_is_not_finished(folder):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    with pytest.raises(RuntimeError, match="not one image's features are there"):
+        store.finish(folder, lacking=True)
+    with pytest.raises(ValueError, match="has not finished"):
+        store.load(folder)
+
+
 # Reading
 
 
@@ -369,6 +401,12 @@ def test_find_gives_the_rows_of_ids_in_their_order(features):
     assert features.find(wanted).tolist() == [9, 0, 3, 3, 7]
     assert features.find(IDS).tolist() == list(range(10))
     assert features.find(IDS[:0]).tolist() == []
+
+
+def test_locate_marks_the_ids_that_are_not_there(features):
+    wanted = np.array([IDS[9], "0" * 16, IDS[0], IDS[0], "g" * 16, ""])
+    assert features.locate(wanted).tolist() == [9, -1, 0, 0, -1, -1]
+    assert features.locate(IDS[:0]).tolist() == []
 
 
 @pytest.mark.parametrize(
