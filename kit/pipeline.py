@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -128,7 +128,8 @@ def peak_memory(interval: float = 0.1) -> Iterator[Peak]:
 
     def watch() -> None:
         while not stop.wait(interval):
-            peak.bytes = max(peak.bytes or 0, _descendants_memory()) or None
+            used = anonymous_memory(descendants(os.getpid()))
+            peak.bytes = max(peak.bytes or 0, used) or None
 
     thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
     thread.start()
@@ -137,6 +138,25 @@ def peak_memory(interval: float = 0.1) -> Iterator[Peak]:
     finally:
         stop.set()
         thread.join()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one, the ended ones that nobody waited for included."""
+    found, waiting = [], _children(pid)
+    while waiting:
+        found.append(waiting.pop())
+        waiting += _children(found[-1])
+    return found
+
+
+def anonymous_memory(pids: Iterable[int]) -> int:
+    """Bytes; a shared page counts once in every process that maps it."""
+    total = 0
+    for pid in pids:
+        for line in _read(f"/proc/{pid}/status").splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += 1024 * int(line.split()[1])
+    return total
 
 
 def _check_chain(steps: Sequence[Step], folder: Path) -> None:
@@ -359,17 +379,6 @@ def _is_json(value: Any) -> bool:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):
         return False
-
-
-def _descendants_memory() -> int:
-    total, waiting = 0, _children(os.getpid())
-    while waiting:
-        pid = waiting.pop()
-        for line in _read(f"/proc/{pid}/status").splitlines():
-            if line.startswith(("RssAnon:", "RssShmem:")):
-                total += 1024 * int(line.split()[1])
-        waiting += _children(pid)
-    return total
 
 
 def _children(pid: int) -> list[int]:
