@@ -1,0 +1,239 @@
+"""What travels of a work folder -> a build folder, as kit.kaggle.manifest describes it.
+
+build/kit               the kit as a wheel
+build/models            weights and the chain
+build/lists             the list that votes
+build/reference-<model> the features of its images, a dataset a model
+build/known-<model>     features of index images that are not looked at again, if asked for
+build/wheels            what else Kaggle's image lacks, if asked for
+build/submission        the kernel
+
+Weights and features are hard links where the disk allows: they take no second space.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from kit import config, files, pipeline
+from kit.kaggle import check, flat, manifest, wheels
+from kit.kaggle.contents import KNOWN, REFERENCE, Contents, slug
+
+INJECTED = "injected-parameters"  # papermill's tag, too: it replaces such a cell
+USER = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a user says about a build."""
+
+    user: str  # on Kaggle, as in addresses
+    name: str  # what the datasets' and the kernel's names begin with
+    competition: str = "landmark-retrieval-2021"  # slug
+    machine_shape: str = "NvidiaTeslaT4"
+    hours: float = 9.0  # of a session
+    wheels: tuple[str, ...] = ()  # packages that Kaggle's image lacks
+
+    def __post_init__(self) -> None:
+        if not USER.fullmatch(self.user):
+            raise ValueError(
+                f"user {self.user!r} is not a name as in Kaggle's addresses: small letters, "
+                "digits, hyphens"
+            )
+        for name in (self.name, self.competition):
+            if not name or slug(name) != name:
+                raise ValueError(
+                    f"{name!r} is not a slug: small letters, digits, single hyphens"
+                )
+        if self.machine_shape not in check.MACHINES:
+            raise ValueError(
+                f"machine shape {self.machine_shape!r} is not one of "
+                f"{', '.join(check.MACHINES)}"
+            )
+        if not 0 < self.hours < math.inf:
+            raise ValueError(f"{self.hours} hours are no time to work")
+
+
+def build(
+    out: Path, contents: Contents, order: Order, checkout: Path, notebook: Path
+) -> Path:
+    """Writes the build and checks it; an earlier build there is replaced at the end.
+
+    checkout: folder of the kit's sources and the metadata templates.
+    """
+    _refuse_others(out)
+    templates = checkout / "datasets_meta" / "kaggle"
+    shipped = {
+        folder: {flat.name(path.relative_to(contents.run.work)): path for path in paths}
+        for folder, paths in contents.datasets().items()
+    }
+    folders = ["kit", *shipped, *(["wheels"] if order.wheels else [])]
+    about = {folder: _dataset(templates, folder, order) for folder in folders}
+    refs = [each["id"] for each in about.values()]
+    kernel = _kernel(templates, order, notebook.name, refs)
+    source = prepared(notebook, parameters(contents, order, refs))
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
+    try:
+        for folder, metadata in about.items():
+            files.write_json(part / folder / manifest.DATASET, metadata)
+        for folder, paths in shipped.items():
+            for name, path in paths.items():
+                _carry(path, part / folder / name)
+        wheels.make(checkout, part / "kit")
+        if order.wheels:
+            wheels.download(order.wheels, part / "wheels")
+        files.write_json(part / manifest.SUBMISSION / manifest.KERNEL, kernel)
+        files.write_json(part / manifest.SUBMISSION / notebook.name, source)
+        manifest.write(part, order.competition)
+        check.refuse(part)
+        _replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def parameters(contents: Contents, order: Order, refs: Sequence[str]) -> dict[str, Any]:
+    """What the submission notebook must be told; refs: owner/slug of what travels."""
+    views = config.to_dict(contents.views)
+    return {
+        "recipe": contents.run.recipe,
+        "reference": contents.reference,
+        "competition": order.competition,
+        "datasets": list(refs),
+        "hours": order.hours,
+        "known": contents.known,
+        **views,
+        "scales": list(contents.views.scales),
+    }
+
+
+def prepared(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook with parameters injected as papermill does it; without any results.
+
+    Refuses a parameter that the notebook does not have.
+    """
+    step = pipeline.Step(notebook.stem, notebook, dict(parameters))
+    pipeline._check_parameters(step)
+    content = files.read_json(notebook)
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    injected = {
+        "cell_type": "code",
+        "id": INJECTED,
+        "metadata": {"tags": [INJECTED]},
+        "source": "\n".join(["# Parameters", *lines]),
+    }
+    cells = []
+    for cell in content["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if INJECTED not in tags:
+            cells.append(cell)
+        if "parameters" in tags:
+            cells.append(injected)
+    for cell in cells:
+        cell["metadata"].pop("papermill", None)
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": None, "outputs": []}
+    content["metadata"].pop("papermill", None)
+    return content | {"cells": cells}
+
+
+def _dataset(templates: Path, folder: str, order: Order) -> dict[str, Any]:
+    """dataset-metadata.json of a folder of the build."""
+    kind, _, model = folder.partition("-")
+    if kind not in (REFERENCE, KNOWN):
+        kind, model = folder, ""
+    values = {"user": order.user, "name": order.name, "model": model}
+    metadata = _rendered(templates / kind / manifest.DATASET, values)
+    title = metadata["title"]
+    if len(title) not in check.SLUG:
+        raise ValueError(
+            f"{folder}: title {title!r} is {len(title)} letters long, and Kaggle takes "
+            f"{check.SLUG[0]} to {check.SLUG[-1]}; another --name changes it"
+        )
+    return metadata
+
+
+def _kernel(
+    templates: Path, order: Order, notebook: str, refs: Sequence[str]
+) -> dict[str, Any]:
+    values = {
+        "user": order.user,
+        "name": order.name,
+        "competition": order.competition,
+        "machine_shape": order.machine_shape,
+        "notebook": notebook,
+    }
+    path = templates / manifest.SUBMISSION / manifest.KERNEL
+    return _rendered(path, values) | {"dataset_sources": list(refs)}
+
+
+def _rendered(template: Path, values: Mapping[str, str]) -> dict[str, Any]:
+    """A template's JSON with every {word} in its texts filled in."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"\{(\w+)\}", lambda found: value_of(found[1]), value)
+        if isinstance(value, list):
+            return [filled(each) for each in value]
+        if isinstance(value, dict):
+            return {name: filled(each) for name, each in value.items()}
+        return value
+
+    def value_of(word: str) -> str:
+        if word not in values:
+            raise ValueError(
+                f"{template}: unknown placeholder {{{word}}}; known: {', '.join(values)}"
+            )
+        return values[word]
+
+    return filled(files.read_json(template))
+
+
+def _carry(path: Path, to: Path) -> None:
+    """A file into the build: JSON without this machine's paths, the rest as it is."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        files.write_json(to, _portable(files.read_json(path)))
+        return
+    try:
+        os.link(path.resolve(), to)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(path, to)
+
+
+def _portable(value: Any) -> Any:
+    """Absolute paths become their last part."""
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return PurePath(value).name
+    if isinstance(value, list):
+        return [_portable(each) for each in value]
+    if isinstance(value, dict):
+        return {_portable(name): _portable(each) for name, each in value.items()}
+    return value
+
+
+def _refuse_others(out: Path) -> None:
+    """What is at `out` is nothing, or a build that can be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        manifest.read(out)
+    except (OSError, ValueError):
+        raise FileExistsError(
+            f"{out} is there and is no build; name another folder"
+        ) from None
+
+
+def _replace(part: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
