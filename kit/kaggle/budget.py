@@ -1,14 +1,12 @@
-"""Images, models and a machine -> hours, memory, disk and upload by step, and what to leave out.
+"""Images, models and a machine -> hours, memory, disk and upload by step, and what does not fit.
 
 `python -m kit.kaggle.budget --recipe R --machine t4x2` prints the table; `--measure DIR` replaces
-its rates by those of this machine's loader and networks. `plan` decides during a run.
+its rates by those of this machine's loader and networks.
 """
 
 import argparse
-import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,16 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit import config as configs
-from kit.data.images import EvalImages, in_worker
 from kit.data.inputs import View
 from kit.features.search import GPU_SCORES, QUERIES
-from kit.features.views import Views, embed
+from kit.features.views import Views
+from kit.kaggle.rates import Rates, measure
 from kit.models import backbones
-from kit.models.net import EmbeddingNet, NetConfig, half_precision
+from kit.models.net import EmbeddingNet, NetConfig
 from kit.training import recipes
 
 # --- what is known ------------------------------------------------------------------------------
@@ -202,13 +199,6 @@ def count(name: str, config: NetConfig, how: Views) -> Model:
 
 
 # --- the table ----------------------------------------------------------------------------------
-
-
-class Rates(NamedTuple):
-    """What was measured; of the whole machine."""
-
-    decode: float  # images/s of the loader, all views
-    seconds: Mapping[str, Mapping[float, float]]  # model, scale: of an image
 
 
 class Step(NamedTuple):
@@ -392,172 +382,6 @@ def table(budget: Budget, machine: Machine, rates: Rates | None = None) -> str:
     if rates:
         lines.append("Decoding and networks: measured here instead.")
     return "\n".join(lines + [f"! {said}" for said in budget.problems])
-
-
-# --- measuring ----------------------------------------------------------------------------------
-
-
-def measure(
-    nets: Mapping[str, EmbeddingNet],
-    how: Views,
-    data: Path,
-    paths: np.ndarray,
-    *,
-    device: torch.device,
-    gpus: int = 1,
-    seconds: float = 30.0,
-    batch: int = 32,
-    workers: int = 2,
-) -> Rates:
-    """Images/s of the loader, then seconds an image of every network at every scale.
-
-    nets: on `device`, in eval mode; paths: (N,) photos in `data`, gone through again and
-    again; gpus: of which one is measured. Views are the networks' squares.
-    """
-    views = {name: how.each(net.config.input) for name, net in nets.items()}
-    for shown in views.values():
-        if shown[0].spec.template:
-            raise ValueError(f"template {shown[0].spec.template} is not measured")
-    every = list(dict.fromkeys(itertools.chain.from_iterable(views.values())))
-    share = seconds / (1 + sum(map(len, views.values())))
-    speed, pictures = _loader(data, paths, every, share, batch, workers)
-    half = half_precision(device)
-    found: dict[str, dict[float, float]] = {}
-    for name, net in nets.items():
-        found[name] = {}
-        for scale, view in zip(how.scales, views[name], strict=True):
-            x = pictures[every.index(view)].to(device)
-
-            def look(net: EmbeddingNet = net, x: Tensor = x) -> None:
-                with torch.autocast(device.type, half, enabled=half is not None):
-                    embed(net, [x], how.flip, how.normalise).cpu()  # waits for it
-
-            found[name][scale] = _seconds(look, share) / len(x) / gpus
-    return Rates(speed, found)
-
-
-def _loader(
-    data: Path,
-    paths: np.ndarray,
-    views: Sequence[View],
-    seconds: float,
-    batch: int,
-    workers: int,
-) -> tuple[float, list[Tensor]]:
-    """Images/s, and the last batch."""
-    rows = itertools.cycle(range(len(paths)))
-    loader = DataLoader(
-        EvalImages(data, paths, views),
-        batch_sampler=(list(itertools.islice(rows, batch)) for _ in itertools.count()),
-        num_workers=workers,
-        worker_init_fn=in_worker,
-    )
-    loaded = iter(loader)
-    pictures, _ = next(loaded)  # the workers have started
-    count, start = 0, time.monotonic()
-    while not count or time.monotonic() - start < seconds:
-        pictures, _ = next(loaded)
-        count += len(pictures[0])
-    return count / (time.monotonic() - start), pictures
-
-
-def _seconds(work: Callable[[], None], patience: float) -> float:
-    """The median of a call, the first one left out."""
-    work()
-    took, start = [], time.monotonic()
-    while not took or time.monotonic() - start < patience:
-        before = time.monotonic()
-        work()
-        took.append(time.monotonic() - before)
-    return float(np.median(took))
-
-
-# --- a step down --------------------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    models: tuple[str, ...]
-    scales: tuple[float, ...]
-    seconds: float  # that it takes, the rest included
-    fits: bool
-    statement: str  # one line for the log
-
-
-def fewer(scales: Sequence[float]) -> list[tuple[float, ...]]:
-    """`scales`, then with one less at a time: the farthest from 1 goes, of two the larger."""
-    kept, ladder = list(scales), [tuple(scales)]
-    while len(kept) > 1:
-        kept.remove(max(kept, key=lambda s: (round(abs(math.log(s)), 2), s)))
-        ladder.append(tuple(kept))
-    return ladder
-
-
-def plan(
-    seconds: Mapping[str, Mapping[float, float]],
-    images: int,
-    left: float,
-    *,
-    rest: float = 0.0,
-    decode: float = 0.0,
-    overlap: bool = True,
-    done: int = 0,
-    scales: Sequence[Sequence[float]] = (),
-) -> Plan:
-    """The smallest step down that fits: fewer scales first, then fewer models.
-
-    seconds: model, scale -> of an image on the whole machine, the most important model first;
-    the last one goes first. images: to extract; left: seconds; rest: of everything after
-    extraction; decode: seconds an image of the loader, beside the networks or (`overlap`
-    False) in turn with them; done: images that all models at all scales have behind them,
-    which counts only where the scales stay: embeddings are sums over them. scales: what may
-    be looked at, dearest first (`fewer` of all); stored references must have the same ones.
-
-    With all models every choice of scales is tried before a model goes, and so on. Where
-    nothing fits it is the cheapest plan of all. Less time never gives a dearer one.
-    """
-    if not seconds or not all(seconds.values()):
-        raise ValueError("no model or no scale to plan with")
-    if not 0 <= done <= images:
-        raise ValueError(f"{done} of {images} images are done")
-    full = tuple(next(iter(seconds.values())))
-    choices = [tuple(choice) for choice in scales] or fewer(full)
-    for name, costs in seconds.items():
-        lacking = sorted({*itertools.chain(full, *choices)} - costs.keys())
-        if lacking or set(costs) != set(full):
-            odd = lacking or sorted(set(costs) - set(full))
-            raise ValueError(f"model {name}: scale {odd[0]:g} is not measured for all")
-    names, offered = tuple(seconds), []
-    for number in range(len(names), 0, -1):
-        for choice in choices:
-            taken = names[:number]
-            network = sum(seconds[name][scale] for name in taken for scale in choice)
-            each = max(decode, network) if overlap else decode + network
-            todo = images - done * (set(choice) == set(full))
-            offered.append((todo * each + rest, taken, choice))
-    fits = [each for each in offered if each[0] <= left]
-    cost, taken, choice = fits[0] if fits else min(offered, key=lambda each: each[0])
-    said = _statement(offered[0], (cost, taken, choice), left, bool(fits))
-    return Plan(taken, choice, cost, bool(fits), said)
-
-
-Offer = tuple[float, tuple[str, ...], tuple[float, ...]]
-
-
-def _statement(first: Offer, taken: Offer, left: float, fits: bool) -> str:
-    cost, names, scales = taken
-    shown = f"{', '.join(names)} at {'scales' if len(scales) > 1 else 'scale'} "
-    shown += ", ".join(f"{scale:g}" for scale in scales)
-    times = f"{cost / 3600:.2f} h of the {left / 3600:.2f} h left"
-    if not fits:
-        return f"nothing fits: even {shown} takes {times}"
-    if taken[1:] == first[1:]:
-        return f"all of it fits: {shown} takes {times}"
-    gone = [name for name in first[1] if name not in names]
-    dropped = [f"scale {s:g}" for s in first[2] if s not in scales] + gone
-    return (
-        f"the whole plan takes {first[0] / 3600:.2f} h: without {', '.join(dropped)} it "
-        f"takes {times} ({shown})"
-    )
 
 
 # --- command ------------------------------------------------------------------------------------
