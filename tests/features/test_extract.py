@@ -809,7 +809,7 @@ def facts_of(job: Job, name: str) -> dict:
 def remember(job: Job, name: str, ids, old: str = "old", seed: int = 0, **changed):
     """A store of vectors that no extraction gives, of `ids` and strangers; id -> vector."""
     dim = nets.describe(job.runs / name)["dim"]
-    ids = np.array([f"{seed:016}", *reversed(ids), "f" * 16])
+    ids = np.array([*reversed(ids), f"{seed:016}", "f" * 16])
     vectors = np.random.default_rng(seed).normal(size=(len(ids), dim))
     folder = job.features / name / old
     store.create(folder, ids, dim, 64, facts_of(job, name) | changed)
@@ -926,6 +926,7 @@ def test_where_all_is_known_no_model_is_loaded_and_no_image_is_opened(
     relisted(data / "sized", tmp_path / "lists", rows)
     stored = remember(job, "clean", ids_of(data))
     monkeypatch.setattr(nets, "load", lambda *_: pytest.fail("the network was loaded"))
+    monkeypatch.setattr(fill, "DataLoader", lambda *_, **__: pytest.fail("a loader"))
     gone = replace(job, lists=tmp_path / "lists", data=tmp_path / "gone", workers=2)
     features = extracted(gone)
     expected = np.stack([stored[each] for each in features.ids])
@@ -1105,6 +1106,14 @@ def test_what_is_known_is_there_when_the_time_is_over(
             assert features.vectors[row].tobytes() == stored[ids[row]].tobytes()
         assert features.manifest["unreadable"] == ids[lacking].tolist()
         assert maps(knowing.store(name))[1].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_what_one_model_knows_another_may_lack(three, data, small_blocks, monkeypatch):
+    job = replace(three, models=("clean", "other/all"), known=("old",))
+    for name, rows in zip(job.models, ([], THERE), strict=True):
+        remember(job, name, ids_of(data, rows))
+    stopped(job, monkeypatch)
+    assert extract.settle(job) == 20
 
 
 def test_nothing_at_all_is_not_settled(three, made, tmp_path, small_blocks):
