@@ -3,17 +3,19 @@
 Nothing of the size queries x index is ever held.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
 from kit.answers.scene import INDEX, REFERENCE, Model, Scene, Voters
 from kit.data import lists
+from kit.data.sources import OTHER
 from kit.features import graph, store
 from kit.features.graph import Graph
 from kit.features.store import Features
@@ -22,6 +24,8 @@ from kit.rerank.chain import Chain
 
 # what extraction makes of an image; features that differ in it are not compared
 VIEWS = tuple(each.name for each in fields(Views))
+
+Reference = lists.ImageList | lists.StoredList
 
 
 class Scenes:
@@ -32,13 +36,14 @@ class Scenes:
         folder: Path,
         query: lists.ImageList,
         index: lists.ImageList,
-        reference: lists.ImageList | None = None,  # whose labelled images vote
+        reference: Reference | None = None,  # whose labelled images vote
         data: Path | None = None,  # the images, for steps that verify
         graphs: Path | None = None,  # <model>/<list>; those that are there serve
         processes: int = 0,  # that verify; 0: this one
+        other_scales: bool = False,  # of references; a run that had no time for all
     ) -> None:
         self.folder, self.graphs, self.query, self.index = folder, graphs, query, index
-        self.reference = reference
+        self.reference, self.other_scales = reference, other_scales
         both = {"query": query, "index": index}
         self.pictures = data and Pictures(data, folder / "local", both, processes)
         self._scenes: dict[tuple[str, ...], Scene] = {}
@@ -81,7 +86,7 @@ class Scenes:
     def _model(self, name: str) -> Model:
         if name not in self._models:
             lists = self.query, self.index, self.reference
-            model = _model(self.folder / name, *lists)
+            model = _model(self.folder / name, *lists, self.other_scales)
             if self.graphs is not None:
                 model = replace(model, graphs=_graphs(self.graphs / name, model))
             self._models[name] = model
@@ -92,7 +97,8 @@ def _model(
     folder: Path,
     query: lists.ImageList,
     index: lists.ImageList,
-    reference: lists.ImageList | None,
+    reference: Reference | None,
+    other_scales: bool,
 ) -> Model:
     first = store.load(folder / query.name)
     weights = first.manifest["model"]["hash"]
@@ -105,7 +111,8 @@ def _model(
             continue
         features = store.load(folder / images.name)
         store.expect(features, list_hash=images.hash, model_hash=weights)
-        _refuse_other_views(first, features)
+        free = ("scales",) if other_scales and images is reference else ()
+        _refuse_other_views(first, features, free)
         others.append(features)
     return Model(first, *others)
 
@@ -121,9 +128,11 @@ def _graphs(folder: Path, model: Model) -> dict[str, Graph]:
     return found
 
 
-def _refuse_other_views(ours: Features, theirs: Features) -> None:
+def _refuse_other_views(
+    ours: Features, theirs: Features, free: Collection[str]
+) -> None:
     for name in VIEWS:
-        if ours.manifest.get(name) != theirs.manifest.get(name):
+        if name not in free and ours.manifest.get(name) != theirs.manifest.get(name):
             raise ValueError(
                 f"features of {ours.manifest['list']['name']} and "
                 f"{theirs.manifest['list']['name']} were made with different {name}"
@@ -141,17 +150,22 @@ def _refuse_other_images(models: Sequence[Model]) -> None:
                 )
 
 
-def _voters(models: Sequence[Model], reference: lists.ImageList) -> Voters:
+def _voters(models: Sequence[Model], reference: Reference) -> Voters:
     """One entry a (readable reference image, landmark) pair."""
-    voting = reference.rows["label"].to_numpy() >= 0
-    for model in models:
-        features = model.of("reference")
-        rows = features.find(reference.ids)
-        voting &= features.readable()[rows]
-    if not voting.any():
+    features = [model.of(REFERENCE) for model in models]
+    readable = np.logical_and.reduce([each.readable() for each in features])
+    codes: dict[str, int] = {"": -1, OTHER: -1}
+    parts, seen = [], 0
+    for block in reference.blocks(("id", "label", "country")):
+        rows = features[0].find(block["id"].to_numpy().astype("U16"), seen)
+        seen += len(rows)
+        names, texts = pd.factorize(block["country"])
+        own = [codes.setdefault(text, len(codes)) for text in texts]
+        label = block["label"].to_numpy()
+        voting = (label >= 0) & readable[rows]
+        countries = np.array(own, np.int64)[names]
+        parts.append([each[voting] for each in (rows, label, countries)])
+    rows, labels, countries = map(np.concatenate, zip(*parts, strict=True))
+    if not len(rows):
         raise ValueError(f"list {reference.name} has no labelled image that could vote")
-    return Voters(
-        rows[voting],
-        torch.tensor(reference.labels[voting]),
-        torch.tensor(reference.countries[voting]),
-    )
+    return Voters(rows, torch.from_numpy(labels), torch.from_numpy(countries))

@@ -12,10 +12,11 @@ Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops 
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +25,11 @@ import kit
 from kit import files
 from kit.data import images
 from kit.data.readers import Folder, UnreadableImage, open_reader
-from kit.data.sources import OTHER, Facts, read_solution
+from kit.data.sources import Facts, read_solution
 
 log = logging.getLogger(__name__)
+
+BLOCK = 1 << 18  # rows read at a time where a list is not kept
 
 COLUMNS = {
     "id": str,
@@ -52,23 +55,32 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def blocks(self, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+        """Some columns, some rows at a time."""
+        for start in range(0, len(self.rows), BLOCK):
+            yield self.rows[start : start + BLOCK][list(columns)]
+
     @property
     def ids(self) -> np.ndarray:
         """(N,) U16."""
         return self.rows["id"].to_numpy().astype("U16")
 
     @property
-    def countries(self) -> np.ndarray:
-        """(N,) int64, equal numbers for equal countries; -1 where it is not known."""
-        codes = pd.factorize(self.rows["country"].astype(str), sort=True)[0].astype(
-            np.int64
-        )
-        return np.where(self.rows["country"].isin(["", OTHER]), -1, codes)
-
-    @property
     def labels(self) -> np.ndarray:
         """(N,) int64."""
         return self.rows["label"].to_numpy()
+
+
+@dataclass(frozen=True)
+class StoredList:
+    """One list on disk; for those of millions of rows of which little is kept."""
+
+    name: str
+    path: Path
+    hash: str
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+        yield from _read(self.path, columns, BLOCK)
 
 
 def build(
@@ -345,6 +357,12 @@ def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> Im
 
     Millions of rows weigh gigabytes in text columns: ranks load those they need.
     """
+    found = find(folder, name)
+    return ImageList(name, _read(found.path, columns), found.hash)
+
+
+def find(folder: Path, name: str) -> StoredList:
+    """The list `name` of `folder`, to be read block by block; refused as by `load`."""
     path = folder / f"{name}.csv"
     if not path.exists() or not path.with_suffix(".json").exists():
         there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
@@ -356,10 +374,18 @@ def load(folder: Path, name: str, columns: Sequence[str] = tuple(COLUMNS)) -> Im
         raise ValueError(
             f"{path} is not the file that {name}.json describes; build it again"
         )
-    rows = pd.read_csv(
-        path, dtype=COLUMNS, keep_default_na=False, usecols=list(columns)
+    return StoredList(name, path, about["hash"])
+
+
+def _read(path: Path, columns: Sequence[str], block: int | None = None) -> Any:
+    """A table, or blocks of one."""
+    return pd.read_csv(
+        path,
+        dtype=COLUMNS,
+        keep_default_na=False,
+        usecols=list(columns),
+        chunksize=block,
     )
-    return ImageList(name, rows, about["hash"])
 
 
 def describe(folder: Path) -> pd.DataFrame:

@@ -6,6 +6,7 @@ train and index number their landmarks differently.
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
@@ -169,6 +170,42 @@ def official(data: Path) -> Facts:
         first = table("gld_v1/train.csv", "id", "landmark_id")
         facts.gld_v1 = _first_generation(first, data / "gld_v1/train.csv")
     return facts
+
+
+def competition(data: Path, query: str = "test", index: str = "index") -> Facts:
+    """A competition's images, <folder>/a/b/c/<id>.jpg, without any table; in the order of ids.
+
+    A rerun replaces the folders' content, and the hidden images are in no CSV.
+    """
+    sources: dict[str, int] = {}
+    tables = {}
+    for split, folder in ((query, "query"), (index, "index")):
+        place = data / split
+        if not place.is_dir():
+            there = ", ".join(sorted(p.name for p in data.glob("*") if p.is_dir()))
+            raise FileNotFoundError(f"no folder {place}; there: {there or 'none'}")
+        names = (name for _, _, found in os.walk(place) for name in found)
+        ids = sorted(n.removesuffix(".jpg") for n in names if n.endswith(".jpg"))
+        if not ids:
+            raise ValueError(f"{place}: no image in it")
+        rows = pd.DataFrame({"id": ids}, dtype=object)
+        _refuse_repeats(rows["id"], place)
+        rows["path"] = _paths(rows["id"], split, place)
+        _refuse_wrong_root(rows, data)
+        tables[folder] = rows
+        sources[split] = len(rows)
+    unlabelled = tables["index"].assign(landmark_id="-1", label=-1)
+    nothing = _empty("id", "path", "landmark_id", "label", "clean")
+    return Facts(
+        train=nothing,
+        clean=nothing,
+        index=unlabelled,
+        query=tables["query"],
+        solution=_empty("id", "images", "usage"),
+        country=np.array([], dtype=object),
+        sources=sources,
+        notes={},
+    )
 
 
 def _first_generation(train: pd.DataFrame, source: Path) -> pd.DataFrame:

@@ -10,6 +10,7 @@ features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kit import files
 class Features:
     """A complete store, open for reading."""
 
-    ids: np.ndarray  # (N,) U16
+    ids: np.ndarray  # (N,) U16, memory-mapped
     vectors: np.ndarray  # (N, D) float16, memory-mapped
     manifest: dict[str, Any]
 
@@ -39,13 +40,18 @@ class Features:
 
     def locate(self, ids: np.ndarray) -> np.ndarray:
         """(M,) rows of `ids`; -1 where the store lacks one."""
-        order = np.argsort(self.ids)
+        order = self._order
         at = np.searchsorted(self.ids, ids, sorter=order).clip(max=len(self.ids) - 1)
         rows = order[at]
         return np.where(self.ids[rows] == ids, rows, -1)
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """(M,) rows of `ids`; refuses an id that the store lacks."""
+    def find(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """(M,) rows of `ids`; refuses an id that the store lacks.
+
+        start: where they perhaps stand one after the other, which takes no memory to see.
+        """
+        if np.array_equal(self.ids[start : start + len(ids)], ids):
+            return np.arange(start, start + len(ids))
         rows = self.locate(ids)
         strange = rows < 0
         if strange.any():
@@ -55,9 +61,16 @@ class Features:
             )
         return rows
 
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.ids)
+
     def readable(self) -> np.ndarray:
         """(N,) bool: False where the image could not be read."""
-        return ~np.isin(self.ids, np.array(self.manifest["unreadable"], dtype="U16"))
+        lost = np.array(self.manifest["unreadable"], dtype="U16")
+        size = 1 << 18  # text is compared in copies of it
+        blocks = (self.ids[n : n + size] for n in range(0, len(self.ids), size))
+        return np.concatenate([np.zeros(0, bool), *(~np.isin(b, lost) for b in blocks)])
 
     def blocks(
         self, rows: np.ndarray | None = None, size: int = 16_384
@@ -181,13 +194,13 @@ def load(folder: Path) -> Features:
         raise ValueError(
             f"{folder}: extraction has not finished; run 03_extract_features again"
         )
-    ids = np.load(folder / "ids.npy", allow_pickle=False)
+    ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     if vectors.shape != (about["rows"], about["dim"]) or len(ids) != about["rows"]:
         raise ValueError(
             f"{folder}: its files are not those that manifest.json describes"
         )
-    return Features(ids, vectors, about)
+    return Features(ids.view(np.ndarray), vectors, about)
 
 
 def expect(

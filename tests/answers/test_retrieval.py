@@ -2,6 +2,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -98,6 +99,50 @@ def test_only_readable_images_with_a_label_vote(folder, made):
     assert voters.rows.tolist() == [0, 2, 4]
     assert voters.landmarks.tolist() == [0, 2, 0]
     assert len(voters.countries) == 3
+
+
+def test_voters_on_disk_are_those_of_the_loaded_list(
+    folder, made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lists, "BLOCK", 2)
+    country = made["full"].rows["country"].astype(str)
+    country = country.mask(np.arange(9) == 4, "OTHER").mask(np.arange(9) == 7, "")
+    images = replace(made["full"], rows=made["full"].rows.assign(country=country))
+    stored = lists.find(tmp_path / "lists", "full")
+    plain = Scenes(folder, made["query"], made["index"], stored).of({"clean": 1.0})
+    changed = Scenes(folder, made["query"], made["index"], images).of({"clean": 1.0})
+    assert plain.labelled.rows.tolist() == list(range(9))
+    assert plain.labelled.landmarks.tolist() == made["full"].labels.tolist()
+    for voters, names in ((plain, made["full"].rows["country"]), (changed, country)):
+        codes = voters.labelled.countries.tolist()
+        for code, name in zip(codes, names, strict=True):
+            assert (code == -1) == (name in ("", "OTHER"))
+        assert len(set(codes)) == len(set(names) - {"", "OTHER"}) + (-1 in codes)
+
+
+def test_images_of_a_list_may_stand_there_twice_and_vote_twice(folder, made):
+    rows = made["full"].rows
+    twice = replace(made["full"], rows=pd.concat([rows, rows[::-1]]))
+    voters = Scenes(folder, made["query"], made["index"], twice).of({"clean": 1.0})
+    expected = [*range(9), *range(8, -1, -1)]
+    assert voters.labelled.rows.tolist() == expected
+    assert voters.labelled.landmarks.tolist() == [n % 3 for n in expected]
+
+
+def test_references_may_have_been_seen_at_other_scales_where_that_is_said(
+    folder, made
+):
+    for name in ("query", "index"):
+        shutil.rmtree(folder / "clean" / name)
+        write(folder / "clean", made[name], scales=[1.0])
+    asked = made["query"], made["index"], made["full"]
+    with pytest.raises(ValueError, match="were made with different scales"):
+        Scenes(folder, *asked).answers(CHAIN)
+    assert Scenes(folder, *asked, other_scales=True).answers(CHAIN)[1].shape == (3, 6)
+    shutil.rmtree(folder / "clean" / "index")
+    write(folder / "clean", made["index"], scales=[0.5])
+    with pytest.raises(ValueError, match="query and index were made with different"):
+        Scenes(folder, *asked, other_scales=True).answers(CHAIN)
 
 
 def test_of_several_models_only_images_that_all_could_read_vote(folder, made):

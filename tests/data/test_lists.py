@@ -322,21 +322,24 @@ def test_some_columns_of_a_list_are_those_of_the_whole(gldv2, out):
     assert sorted(some.rows) == ["country", "id", "label"]
     assert some.ids.tolist() == whole.ids.tolist()
     assert some.labels.tolist() == whole.labels.tolist()
-    assert some.countries.tolist() == whole.countries.tolist()
     assert (some.hash, len(some)) == (whole.hash, 11)
 
 
-def test_countries_are_equal_where_known_and_minus_one_elsewhere(gldv2, out):
+def test_a_list_on_disk_comes_in_blocks_of_the_same_rows(gldv2, out, monkeypatch):
     build(gldv2, out)
-    full = lists.load(out, "full")
-    names = full.rows["country"].astype(str).tolist()
-    numbers = full.countries
-    assert numbers.dtype == np.int64
-    for a, first in zip(names, numbers, strict=True):
-        assert (first == -1) == (a == "OTHER")
-        for b, second in zip(names, numbers, strict=True):
-            assert (first == second) == (a == b)
-    assert set(lists.load(out, "query").countries) == {-1}
+    monkeypatch.setattr(lists, "BLOCK", 4)
+    whole, stored = lists.load(out, "full"), lists.find(out, "full")
+    assert (stored.name, stored.hash) == ("full", whole.hash)
+    for one in (whole, stored):
+        blocks = list(one.blocks(("id", "label", "country")))
+        assert [len(block) for block in blocks] == [4, 4, 3]
+        joined = pd.concat(blocks)
+        for column in ("id", "label", "country"):
+            assert joined[column].tolist() == whole.rows[column].tolist()
+    with (out / "full.csv").open("a") as file:
+        file.write("another\n")
+    with pytest.raises(ValueError, match="not the file that full.json describes"):
+        lists.find(out, "full")
 
 
 # Sizes

@@ -665,3 +665,30 @@ def test_country_files_of_the_real_photos_are_read_as_they_are(photos):
     for label, country in enumerate(facts.country):
         assert country == expected.get(landmark[label], "OTHER")
     assert len(np.unique(facts.country.astype(str))) > 3
+
+
+# A competition's folders
+
+
+def test_a_competition_is_its_folders_of_images_in_the_order_of_ids(tmp_path):
+    names = {"test": ["ab" * 8, "0" * 16], "index": ["12e3456789012345", "f" * 16]}
+    for folder, ids in names.items():
+        for name in ids:
+            path = tmp_path.joinpath(folder, *name[:3], f"{name}.jpg")
+            path.parent.mkdir(parents=True)
+            path.touch()
+    (tmp_path / "test" / "notes.txt").touch()
+    facts = sources.competition(tmp_path)
+    assert facts.query["id"].tolist() == ["0" * 16, "ab" * 8]
+    assert facts.index["path"].tolist() == [
+        "index/1/2/e/12e3456789012345.jpg",
+        f"index/f/f/f/{'f' * 16}.jpg",
+    ]
+    assert facts.index["label"].tolist() == [-1, -1]
+    assert facts.train.empty and facts.solution.empty
+    assert facts.sources == {"test": 2, "index": 2}
+    with pytest.raises(FileNotFoundError, match=r"no folder .*queries; there: index, "):
+        sources.competition(tmp_path, query="queries")
+    (tmp_path / "index" / "1" / "photo.jpg").touch()
+    with pytest.raises(ValueError, match="'photo' is not an id of 16 hex digits"):
+        sources.competition(tmp_path)

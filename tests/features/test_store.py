@@ -374,7 +374,7 @@ def test_a_file_cut_short_is_refused(folder, name):
 
 def test_pickled_arrays_are_not_loaded(folder):
     np.save(filled(folder) / "ids.npy", IDS.astype(object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="allow_pickle|Python objects"):
         store.load(folder)
 
 
@@ -401,6 +401,13 @@ def test_find_gives_the_rows_of_ids_in_their_order(features):
     assert features.find(wanted).tolist() == [9, 0, 3, 3, 7]
     assert features.find(IDS).tolist() == list(range(10))
     assert features.find(IDS[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 7, 9, 10, 30])
+def test_where_ids_are_looked_for_first_changes_nothing(features, start):
+    for wanted in (IDS[4:7], IDS[6:3:-1], IDS[:0], IDS[9:]):
+        expected = [IDS.tolist().index(each) for each in wanted]
+        assert features.find(wanted, start).tolist() == expected
 
 
 def test_locate_marks_the_ids_that_are_not_there(features):
