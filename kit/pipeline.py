@@ -119,8 +119,8 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(interval: float = 0.1) -> Iterator[Peak]:
-    """Watches the memory of all descendants of this process, itself not included.
+def peak_memory(interval: float = 0.1, itself: bool = False) -> Iterator[Peak]:
+    """Watches the memory of all descendants of this process, and of `itself` where asked.
 
     RssAnon + RssShmem: a shared page counts once in every process that maps it.
     """
@@ -128,8 +128,7 @@ def peak_memory(interval: float = 0.1) -> Iterator[Peak]:
 
     def watch() -> None:
         while not stop.wait(interval):
-            used = anonymous_memory(descendants(os.getpid()))
-            peak.bytes = max(peak.bytes or 0, used) or None
+            peak.bytes = max(peak.bytes or 0, _memory(itself)) or None
 
     thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
     thread.start()
@@ -379,6 +378,11 @@ def _is_json(value: Any) -> bool:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):
         return False
+
+
+def _memory(itself: bool) -> int:
+    own = os.getpid()
+    return anonymous_memory([own] * itself + descendants(own))
 
 
 def _children(pid: int) -> list[int]:

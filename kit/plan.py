@@ -281,11 +281,15 @@ def _answer(
         (run.chain, run.gains),
         machine={"workers": run.workers},
     )
-    pages = {"report_path": str(run.report), "runs": str(run.runs)}
     submitted = Step(
         "05_submission",
         notebooks / "05_submission.ipynb",
-        shared | pages | {"out": str(run.submission)},
+        {
+            "recipe": run.recipe,
+            "work": str(run.work),
+            "data": str(run.data),
+            "index": run.index,
+        },
         (tuned.name,),
         (run.submission,),
         machine={"workers": run.workers},

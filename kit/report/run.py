@@ -1,15 +1,17 @@
 """The page of one run: counts, loss curves, gains, and the best and worst queries as pictures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kit.answers import metrics
 from kit.answers.metrics import Score
 from kit.data import images, lists
 from kit.data.readers import UnreadableImage, open_reader
 from kit.data.sources import read_solution
+from kit.plan import Run
 from kit.report.page import Example, Section, collage, curves, gain_chart, page, table
 from kit.training import checkpoints
 
@@ -18,21 +20,17 @@ RESULTS = 8  # index images a query
 
 
 def write(
-    path: Path,
+    run: Run,
     score: Score,
     rankings: Mapping[str, np.ndarray],  # query id -> index ids, best first
-    *,
-    lists_folder: Path,
     shown: tuple[lists.ImageList, lists.ImageList],  # queries and searched index
-    data: Path,  # folder that the lists' paths start from
-    runs: Path,
-    gains: Sequence[tuple[str, float, float, str]],
     warning: str = "",
 ) -> Path:
-    """One self-contained HTML page; everything on it was computed before."""
+    """One self-contained HTML page, run.report; everything on it was computed before."""
+    gains = metrics.read_gains(run.gains)
     names, public, private, _ = zip(*gains, strict=True)
     last = max(at for at, name in enumerate(names) if not name.startswith("("))
-    counts = lists.describe(lists_folder)
+    counts = lists.describe(run.lists)
     worst = score.queries.sort_values(["ap", "id"], kind="stable")
     sections = [
         Section(
@@ -45,7 +43,7 @@ def write(
         Section(
             "Training",
             "Loss of each stage by epoch.",
-            _losses(runs),
+            _losses(run.runs),
         ),
         Section(
             "Image lists",
@@ -55,26 +53,18 @@ def write(
         Section(
             "Worst queries",
             "Lowest average precision first.",
-            _collage(
-                worst.head(SHOWN).itertuples(), rankings, shown, lists_folder, data
-            ),
+            _collage(worst.head(SHOWN).itertuples(), rankings, shown, run),
         ),
         Section(
             "Best queries",
             "Highest average precision first.",
-            _collage(
-                worst.tail(SHOWN)[::-1].itertuples(),
-                rankings,
-                shown,
-                lists_folder,
-                data,
-            ),
+            _collage(worst.tail(SHOWN)[::-1].itertuples(), rankings, shown, run),
         ),
     ]
     lead = (
         f"{score}{warning}. {len(score.queries)} queries, {len(shown[1])} index images."
     )
-    return page(path, "Landmark retrieval", lead, sections)
+    return page(run.report, "Landmark retrieval", lead, sections)
 
 
 def _losses(runs: Path) -> str:
@@ -89,14 +79,13 @@ def _collage(
     queries: Iterable[Any],  # rows of Score.queries
     rankings: Mapping[str, np.ndarray],
     shown: tuple[lists.ImageList, lists.ImageList],
-    lists_folder: Path,
-    data: Path,
+    run: Run,
 ) -> str:
-    solution = read_solution(lists_folder / "solution.csv").set_index("id")["images"]
+    solution = read_solution(run.lists / "solution.csv").set_index("id")["images"]
     places = [
         dict(zip(each.rows["id"], each.rows["path"], strict=True)) for each in shown
     ]
-    reader = open_reader(data)
+    reader = open_reader(run.data)
 
     def small(path: str) -> np.ndarray:
         try:
