@@ -16,7 +16,7 @@ import kit
 from kit import config as configs
 from kit import files
 from kit.data.inputs import InputSpec
-from kit.models import backbones, pooling
+from kit.models import backbones, pooling, references
 from kit.models.weights import fill, load_backbone, load_strictly, write_weights
 
 NECKS = ("bn", "none")
@@ -196,9 +196,12 @@ def save(net: nn.Module, folder: Path, seen: dict[str, str]) -> Path:
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", channels_last: bool = True
+    reference: Path | str,
+    device: torch.device | str = "cpu",
+    channels_last: bool = True,
 ) -> EmbeddingNet:
-    """The network saved in `folder`, in eval mode."""
+    """The saved network, in eval mode; reference: its folder, or as kit.models.references has it."""
+    folder = references.folder(reference)
     net = EmbeddingNet(configs.from_dict(NetConfig, describe(folder)["config"]))
     load_weights(net, folder)
     form = torch.channels_last if channels_last else torch.contiguous_format
