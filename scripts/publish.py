@@ -1,8 +1,9 @@
-"""Brings a build to Kaggle: datasets, the kernel and its output, a submission and its score.
+"""Brings a build to Kaggle: datasets, models, the kernel and its output, a submission, its score.
 
     python scripts/publish.py build --dry-run
     python scripts/publish.py build --datasets --kernel
     python scripts/publish.py build --submit "four models, reranked"
+    python scripts/publish.py build --model
 
 The same command goes on after an interruption: it asks the server, and pushes nothing twice.
 """
@@ -23,6 +24,7 @@ def main() -> None:
     )
     parser.add_argument("build", type=Path, help="folder that build_kaggle.py wrote")
     parser.add_argument("--datasets", action="store_true", help="send what differs")
+    parser.add_argument("--model", action="store_true", help="the weights as a model")
     parser.add_argument(
         "--kernel", action="store_true", help="push, wait, fetch output"
     )
@@ -36,13 +38,16 @@ def main() -> None:
     if given.dry_run:
         print(publish.plan(given.build))
         return
-    if not (given.datasets or given.kernel or given.submit):
-        parser.error("nothing to do: --dry-run, --datasets, --kernel or --submit")
+    if not (given.datasets or given.model or given.kernel or given.submit):
+        parser.error(
+            "nothing to do: --dry-run, --datasets, --model, --kernel or --submit"
+        )
     output = given.output or given.build.with_name(f"{given.build.name}-output")
     publish.publish(
         given.build,
         output,
         datasets=given.datasets,
+        model=given.model,
         kernel=given.kernel,
         submit=given.submit,
         again=given.again,

@@ -79,7 +79,8 @@ class Kaggle:
         self.page = 20  # files a page
         self.datasets: dict[str, list[dict[str, bytes]]] = {}  # versions of each
         self.kernels: dict[str, Kernel] = {}
-        self.models: dict[str, list[dict[str, bytes]]] = {}
+        # versions of each variation, by framework and slug, of each model
+        self.models: dict[str, dict[tuple[str, str], list[dict[str, bytes]]]] = {}
         self.submissions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self._blobs: dict[str, Blob] = {}
@@ -146,6 +147,11 @@ class Kaggle:
         kind, *rest = path.strip("/").split("/", 4)
         if kind == "output":
             return self.outputs["/".join(rest)]
+        if kind == "model":
+            owner, slug, framework, last = rest
+            variation, version, name = last.split("/")
+            there = self.models[f"{owner}/{slug}"][framework, variation]
+            return there[int(version) - 1][name]
         owner, slug, version, name = rest
         return self.datasets[f"{owner}/{slug}"][int(version) - 1][name]
 
@@ -207,15 +213,51 @@ class Kaggle:
 
     def _create_model(self, body: dict[str, Any]) -> dict[str, Any]:
         ref = f"{body['ownerSlug']}/{body['slug']}"
-        self.models.setdefault(ref, [])
+        if ref in self.models:
+            return {"error": "The requested slug is already in use", "errorCode": 409}
+        self.models[ref] = {}
         return {"id": next(self._numbers), "ref": ref, "url": f"{HOST}/{ref}"}
 
-    def _create_model_instance(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _get_model(self, body: dict[str, Any]) -> dict[str, Any]:
         ref = f"{body['ownerSlug']}/{body['modelSlug']}"
         if ref not in self.models:
             raise Absent
-        self.models[ref].append(self._files(body["body"]["files"]))
-        return {"id": next(self._numbers), "ref": ref, "url": f"{HOST}/{ref}"}
+        return {"id": 1, "ref": ref}
+
+    def _create_model_instance(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = body["body"]
+        there = self.models[f"{body['ownerSlug']}/{body['modelSlug']}"]
+        key = given["framework"], given["instanceSlug"]
+        if key in there:
+            return {"error": "The instance exists already", "errorCode": 409}
+        there[key] = [self._files(given["files"])]
+        return {"id": next(self._numbers), "ref": "/".join(key)}
+
+    def _create_model_instance_version(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._variation(body).append(self._files(body["body"]["files"]))
+        return {"id": next(self._numbers), "ref": body["instanceSlug"]}
+
+    def _get_model_instance(self, body: dict[str, Any]) -> dict[str, Any]:
+        versions = self._variation(body)
+        return {"slug": body["instanceSlug"], "versionNumber": len(versions)}
+
+    def _list_model_instance_version_files(
+        self, body: dict[str, Any]
+    ) -> dict[str, Any]:
+        held = sorted(self._variation(body)[body["versionNumber"] - 1].items())
+        rows = [{"name": name, "size": len(data)} for name, data in held]
+        return _paged("files", rows, body, self.page)
+
+    def _download_model_instance_version(self, body: dict[str, Any]) -> str:
+        framework, number = body["framework"], body["versionNumber"]
+        if body["path"] not in self._variation(body)[number - 1]:
+            raise Absent
+        place = f"{body['ownerSlug']}/{body['modelSlug']}/{framework}"
+        return f"{HOST}/model/{place}/{body['instanceSlug']}/{number}/{body['path']}"
+
+    def _variation(self, body: dict[str, Any]) -> list[dict[str, bytes]]:
+        there = self.models[f"{body['ownerSlug']}/{body['modelSlug']}"]
+        return there[body["framework"], body["instanceSlug"]]
 
     # kernels
 

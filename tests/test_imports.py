@@ -27,7 +27,10 @@ DOORS = {
     "timm": {"models", "training", "data/pixels.py"},
     "faiss": {"features/approximate.py", "scripts/bench_knn.py"},
     "kaggle": {"kaggle/client.py", "kaggle/uploads.py"},
-    "kagglesdk": {"kaggle/client.py", "kaggle/server.py", "kaggle/uploads.py"},
+    "kagglesdk": {
+        *("kaggle/client.py", "kaggle/server.py", "kaggle/uploads.py"),
+        "kaggle/variations.py",
+    },
     "papermill": {"pipeline.py"},
     "cv2": {"data", "rerank/local", "scripts/bench_loader.py"},
     "pandas": {"data", "answers", "scripts/bench_rerank.py"},

@@ -34,6 +34,13 @@ FIELDS = {
     manifest.DATASET: (
         *("id", "title", "licenses", "subtitle", "description", "keywords"),
     ),
+    manifest.MODEL_METADATA: (
+        *("ownerSlug", "slug", "title", "subtitle", "isPrivate", "description"),
+    ),
+    manifest.VARIATION: (
+        *("ownerSlug", "modelSlug", "instanceSlug", "framework", "overview", "usage"),
+        *("licenseName", "fineTunable", "trainingData"),
+    ),
     manifest.KERNEL: (
         *("id", "title", "code_file", "language", "kernel_type", "is_private"),
         *("enable_gpu", "enable_tpu", "enable_internet", "machine_shape", "keywords"),
@@ -73,7 +80,7 @@ def problems(build: Path) -> list[str]:
         found += [say + it for it in _kernel(metadata)]
         found += [say + it for it in _sources(metadata, refs, made.competition)]
         found += [say + it for it in _code(build / manifest.SUBMISSION, metadata)]
-    return found + _files(build, made.parts)
+    return found + _models(build) + _files(build, made.parts)
 
 
 def sent_source(notebook: Path) -> str:
@@ -117,13 +124,47 @@ def _dataset(metadata: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _folder(folder: Path) -> list[str]:
-    """What the client would leave out of a dataset, or Kaggle would change in it."""
+def _models(build: Path) -> list[str]:
+    """What is wrong with the build's model, if it has one."""
+    folders = manifest.variations(build)
+    if not folders:
+        return []
+    metadata, found = _metadata(build / manifest.MODEL / manifest.MODEL_METADATA)
+    ref = _ref(metadata or {}, "slug")
+    if metadata is not None:
+        lines = _id({"id": ref}, SLUG) + _length("title", metadata.get("title"), SLUG)
+        found += [f"{manifest.MODEL}: {it}" for it in lines]
+    for folder in folders:
+        about, lines = _metadata(folder / manifest.VARIATION)
+        lines = lines + _folder(folder, manifest.VARIATION)
+        lines += [] if about is None else _variation(about, folder.name, ref)
+        found += [f"{manifest.MODEL}/{folder.name}: {it}" for it in lines]
+    return found
+
+
+def _variation(metadata: Mapping[str, Any], folder: str, ref: str) -> list[str]:
+    found, slug = [], metadata.get("instanceSlug")
+    if (own := _ref(metadata, "modelSlug")) != ref:
+        found.append(f"is a variation of {own}, not of {ref}")
+    if slug != folder or _slug(folder) != folder:
+        found.append(f"instanceSlug {slug!r} is not a slug that is its folder's name")
+    if not metadata.get("licenseName"):
+        found.append("licenseName must be written")
+    return found
+
+
+def _ref(metadata: Mapping[str, Any], slug: str) -> str:
+    return f"{metadata.get('ownerSlug')}/{metadata.get(slug)}"
+
+
+def _folder(folder: Path, metadata: str = manifest.DATASET) -> list[str]:
+    """What the client would leave out of a dataset or variation, or Kaggle would change in it."""
+    own = {manifest.PARTS, metadata}
     found, there = [], sorted(folder.iterdir())
     for path in there:
         if path.is_dir():
             found.append(f"{path.name}/ would be left out; make it its own dataset")
-        elif path.name in LEFT_OUT:
+        elif path.name in LEFT_OUT - own:
             found.append(f"{path.name} would be left out; rename it")
         elif path.suffix.lower() in ARCHIVES:
             found.append(f"{path.name} would be unpacked; store its files instead")
@@ -135,7 +176,7 @@ def _folder(folder: Path) -> list[str]:
         parts = manifest.read_parts(folder / manifest.PARTS)
     except (OSError, ValueError):
         return [*found, f"{manifest.PARTS} is missing or broken; build again"]
-    wanted = {p.name for p in there if p.is_file()} - {manifest.PARTS, manifest.DATASET}
+    wanted = {p.name for p in there if p.is_file()} - own
     if {part.path for part in parts} != wanted:
         found.append(f"{manifest.PARTS} lists other files than there are; build again")
     return found
@@ -226,7 +267,8 @@ def _files(build: Path, parts: Sequence[manifest.Part]) -> list[str]:
             found.append(f"{part.path} is missing; build again")
         elif files.sha256(build / part.path) != part.sha256:
             found.append(f"{part.path} has changed since the build; build again")
-    total = sum(part.size for part in parts)
+    beside = f"{manifest.MODEL}/"  # models have an account of their own
+    total = sum(part.size for part in parts if not part.path.startswith(beside))
     if total > PRIVATE_BYTES:
         gigabytes = f"{total / 1e9:.1f} GB, more than the {PRIVATE_BYTES / 1e9:.0f} GB"
         found.append(f"the build is {gigabytes} of private data an account may hold")

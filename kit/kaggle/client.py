@@ -136,6 +136,12 @@ class Client:
         hint = f" ({HINTS[status]})" if status in HINTS else ""
         return KaggleError(f"{doing}: {code}{words}{hint}")
 
+    def made(self, answer: Any, what: str) -> None:
+        """Refuses an answer that says, with status 200, that nothing was made."""
+        error = getattr(answer, "error", None)
+        if error or getattr(answer, "status", "ok") == "error":
+            raise self.error(what, error or "Kaggle made nothing")
+
     def poll(self, what: str, look: Callable[[], Answer | None]) -> Answer:
         """The first answer of `look` that is not None."""
         start, wait = self.clock.now(), POLL[0]
@@ -156,6 +162,13 @@ class Client:
                 yield
         finally:
             self._screen = screen
+
+
+def filled(request: Any, **fields: Any) -> Any:
+    """A message of the client with its fields set."""
+    for name, value in fields.items():
+        setattr(request, name, value)
+    return request
 
 
 def _secrets(api: Any) -> set[str]:

@@ -5,6 +5,8 @@ build/
   <any name>/              one Kaggle dataset: a flat folder of files, and
     dataset-metadata.json    its id, title and licence, which Kaggle's client reads
     parts.json               {"parts": [...]} of this folder; it travels in the dataset
+  model/                   one Kaggle model, as kit.kaggle.card writes it: a folder a variation,
+    <variation>/parts.json   with its parts
   submission/              the kernel: kernel-metadata.json and its notebook
 
 Paths in a manifest are relative to its own folder. Kaggle lists names and sizes but no hashes,
@@ -22,7 +24,8 @@ from kit import files
 
 MANIFEST, PARTS = "manifest.json", "parts.json"
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
-SUBMISSION = "submission"
+MODEL_METADATA, VARIATION = "model-metadata.json", "model-instance-metadata.json"
+SUBMISSION, MODEL = "submission", "model"
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Manifest:
 
 
 def write(build: Path, competition: str) -> Path:
-    """Writes each dataset's parts.json, then manifest.json; the last step of a build."""
-    for folder in datasets(build):
-        kept = (path for path in folder.iterdir() if path.name not in (PARTS, DATASET))
+    """Writes parts.json of each dataset and variation, then manifest.json; a build's last step."""
+    own = (PARTS, DATASET, VARIATION)
+    for folder in (*datasets(build), *variations(build)):
+        kept = (path for path in folder.iterdir() if path.name not in own)
         _write_parts(folder, kept, folder / PARTS, {})
     everything = (path for path in build.rglob("*") if path != build / MANIFEST)
     head = {"competition": competition}
@@ -67,7 +71,13 @@ def datasets(build: Path) -> list[Path]:
             f"no build in {build}; run scripts/build_kaggle.py first"
         )
     folders = (path for path in build.iterdir() if path.is_dir())
-    return sorted(path for path in folders if path.name != SUBMISSION)
+    return sorted(path for path in folders if path.name not in (SUBMISSION, MODEL))
+
+
+def variations(build: Path) -> list[Path]:
+    """The folders that become variations of the build's model, by name; none where it has none."""
+    there = (build / MODEL).glob("*")
+    return sorted(path for path in there if path.is_dir())
 
 
 def table(build: Path) -> str:

@@ -1,16 +1,16 @@
-"""A build -> datasets, a kernel that ran, a submission with its score.
+"""A build -> datasets, models, a kernel that ran, a submission with its score.
 
 Nothing here is remembered between two runs: each step first asks the server what is there, so
 the same command goes on where the last one stopped and pushes nothing twice.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kit import files
-from kit.kaggle import check, kernels, manifest
+from kit.kaggle import check, kernels, manifest, models
 from kit.kaggle.client import Clock, KaggleError
 from kit.kaggle.datasets import bring
 from kit.kaggle.server import Server
@@ -27,6 +27,7 @@ class Published:
     outputs: tuple[Path, ...] = ()
     public_score: str = ""
     private_score: str = ""
+    models: dict[str, int] = field(default_factory=dict)  # version by variation
 
 
 def publish(
@@ -34,6 +35,7 @@ def publish(
     output: Path,
     *,
     datasets: bool = False,
+    model: bool = False,
     kernel: bool = False,
     submit: str = "",
     again: bool = False,
@@ -43,26 +45,30 @@ def publish(
     """Brings a build to Kaggle as far as asked, and its kernel's output to `output`.
 
     datasets: send those that differ from the server's; without it they must not differ.
+    model: the networks as a Kaggle model, too; asked for alone, nothing else is looked at.
     kernel: push it and wait for its end. submit: the message of a competition entry, which
     needs the kernel. again: push the kernel although the same one is there.
     Raises ValueError for a build that Kaggle would refuse, KaggleError for all else.
     """
     check.refuse(build)
     server = Server(clock or Clock(), say)
+    networks = models.bring(server, build) if model else {}
+    if model and not (datasets or kernel or submit):
+        return Published(models=networks)
     versions = bring(server, build, send=datasets)
     if not (kernel or submit):
-        return Published(versions)
+        return Published(versions, models=networks)
     ref, version = kernels.push(server, build, versions, again)
     kernels.run(server, ref, version)
     outputs = kernels.fetch(server, ref, version, output)
-    done = Published(versions, f"{ref}/{version}", outputs)
+    done = Published(versions, f"{ref}/{version}", outputs, models=networks)
     if not submit:
         return done
     if output / RESULT not in outputs:
         raise KaggleError(f"kernel {ref}: wrote no {RESULT}, so nothing was submitted")
     competition = manifest.read(build).competition
     scores = _submit(server, competition, ref, version, submit)
-    return Published(versions, done.kernel, outputs, *scores)
+    return replace(done, public_score=scores[0], private_score=scores[1])
 
 
 def plan(build: Path) -> str:
@@ -72,6 +78,12 @@ def plan(build: Path) -> str:
     for folder in manifest.datasets(build):
         ref = files.read_json(folder / manifest.DATASET)["id"]
         lines.append(f"dataset {ref}: sent unless the server has these parts")
+    for folder in manifest.variations(build):
+        about = files.read_json(folder / manifest.VARIATION)
+        place = (
+            about[it] for it in ("ownerSlug", "modelSlug", "framework", "instanceSlug")
+        )
+        lines.append(f"model {'/'.join(place)}: sent with --model, unless it is there")
     kernel = files.read_json(build / manifest.SUBMISSION / manifest.KERNEL)
     shape = kernel.get("machine_shape") or "no accelerator"
     internet = "with" if kernel["enable_internet"] else "without"

@@ -2,8 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,8 @@ from typing import Any
 
 from kit import files
 from kit.kaggle import uploads
-from kit.kaggle.client import Client, KaggleError
+from kit.kaggle.client import filled
+from kit.kaggle.variations import NOTES, Variations
 
 CHUNK = 1 << 20  # bytes of a download held at a time
 
@@ -25,7 +25,7 @@ class Kernel:
     sources: frozenset[str]  # datasets as owner/slug, competitions by slug
 
 
-class Server(Client):
+class Server(Variations):
     """Kaggle, as the signed-in user sees it."""
 
     # datasets
@@ -42,7 +42,7 @@ class Server(Client):
         from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
 
         owner, slug = ref.split("/")
-        request = _filled(ApiGetDatasetRequest(), owner_slug=owner, dataset_slug=slug)
+        request = filled(ApiGetDatasetRequest(), owner_slug=owner, dataset_slug=slug)
         path = "datasets.dataset_api_client.get_dataset"
         return self.call(f"dataset {ref}", path, request).current_version_number or 0
 
@@ -87,8 +87,8 @@ class Server(Client):
 
         ref = metadata["id"]
         owner, slug = ref.split("/")
-        with self._uploaded(ref, folder) as sent:
-            request = _filled(
+        with uploads.uploaded(self, f"dataset {ref}", folder) as sent:
+            request = filled(
                 ApiCreateDatasetRequest(),
                 **_described(metadata),
                 owner_slug=owner,
@@ -104,7 +104,7 @@ class Server(Client):
                 request,
                 arrived=lambda: self.dataset_status(ref),
             )
-            self._made(answer, ref)
+            self.made(answer, f"dataset {ref}")
 
     def create_version(
         self, folder: Path, metadata: Mapping[str, Any], before: int
@@ -117,14 +117,14 @@ class Server(Client):
 
         ref = metadata["id"]
         owner, slug = ref.split("/")
-        with self._uploaded(ref, folder) as sent:
-            body = _filled(
+        with uploads.uploaded(self, f"dataset {ref}", folder) as sent:
+            body = filled(
                 ApiCreateDatasetVersionRequestBody(),
                 **_described(metadata),
-                version_notes="published by landmark-kit",
+                version_notes=NOTES,
                 files=sent,
             )
-            request = _filled(
+            request = filled(
                 ApiCreateDatasetVersionRequest(),
                 owner_slug=owner,
                 dataset_slug=slug,
@@ -136,7 +136,7 @@ class Server(Client):
                 request,
                 arrived=lambda: self.dataset_version(ref) > before or None,
             )
-            self._made(answer, ref)
+            self.made(answer, f"dataset {ref}")
 
     # kernels
 
@@ -144,7 +144,7 @@ class Server(Client):
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
 
         owner, slug = ref.split("/")
-        request = _filled(ApiGetKernelRequest(), user_name=owner, kernel_slug=slug)
+        request = filled(ApiGetKernelRequest(), user_name=owner, kernel_slug=slug)
         path = "kernels.kernels_api_client.get_kernel"
         found = self.call(f"kernel {ref}", path, request, absent=(403, 404))
         if found is None:
@@ -171,7 +171,7 @@ class Server(Client):
         )
 
         owner, slug = ref.split("/")
-        request = _filled(
+        request = filled(
             ApiGetKernelSessionStatusRequest(),
             user_name=owner,
             kernel_slug=slug,
@@ -190,7 +190,7 @@ class Server(Client):
         owner, slug = ref.split("/")
         urls, log, token = {}, "", ""
         while True:
-            request = _filled(
+            request = filled(
                 ApiListKernelSessionOutputRequest(),
                 user_name=owner,
                 kernel_slug=slug,
@@ -254,34 +254,9 @@ class Server(Client):
             ApiGetSubmissionRequest,
         )
 
-        request = _filled(ApiGetSubmissionRequest(), ref=number)
+        request = filled(ApiGetSubmissionRequest(), ref=number)
         path = "competitions.competition_api_client.get_submission"
         return self.call(f"submission {number}", path, request)
-
-    @contextmanager
-    def _uploaded(self, ref: str, folder: Path) -> Iterator[list[Any]]:
-        doing = f"dataset {ref}: upload"
-
-        def send(once: Callable[[], None]) -> None:
-            self.ask(doing, once, tries=3)  # the client itself repeats what it can
-
-        try:
-            with uploads.uploaded(self.api, folder, send, self.say) as sent:
-                yield sent
-        except uploads.Incomplete as error:
-            raise KaggleError(f"{doing}: {error}") from None
-
-    def _made(self, answer: Any, ref: str) -> None:
-        """Refuses an answer that says, with status 200, that nothing was made."""
-        error = getattr(answer, "error", None)
-        if error or getattr(answer, "status", "ok") == "error":
-            raise self.error(f"dataset {ref}", error or "Kaggle made nothing")
-
-
-def _filled(request: Any, **fields: Any) -> Any:
-    for name, value in fields.items():
-        setattr(request, name, value)
-    return request
 
 
 def _described(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kit import files
 from kit.kaggle import manifest
+from kit.kaggle.client import Client, KaggleError
 
 ROUNDS = 3  # the second resumes what is left, the third begins it anew
 
@@ -22,15 +23,33 @@ class Incomplete(RuntimeError):
 
 @contextmanager
 def uploaded(
+    client: Client, what: str, folder: Path, kind: str = "DATASET"
+) -> Iterator[list[Any]]:
+    """Yields what a request for a dataset or a model lists under `files`.
+
+    An error inside the block leaves the uploads to the next run. kind: DATASET or MODEL.
+    """
+    doing = f"{what}: upload"
+
+    def send(once: Callable[[], None]) -> None:
+        client.ask(doing, once, tries=3)  # the client itself repeats what it can
+
+    try:
+        with _uploaded(client.api, folder, send, client.say, kind) as parts:
+            yield parts
+    except Incomplete as error:
+        raise KaggleError(f"{doing}: {error}") from None
+
+
+@contextmanager
+def _uploaded(
     api: Any,
     folder: Path,
     send: Callable[[Callable[[], None]], None],
     say: Callable[[str], None],
+    kind: str,
 ) -> Iterator[list[Any]]:
-    """Yields what a dataset request lists under `files`.
-
-    An error inside the block leaves the uploads to the next run. send: makes a call of the client, repeats it when that may help, raises when not.
-    """
+    """send: makes a call of the client, repeats it when that may help, raises when not."""
     from kagglesdk.blobs.types.blob_api_service import ApiBlobType
 
     listed = manifest.read_parts(folder / manifest.PARTS)
@@ -42,8 +61,8 @@ def uploaded(
 
             def once(request: _Request = request) -> None:
                 request.files = []
-                kind = ApiBlobType.DATASET
-                api.upload_files(request, None, str(folder), kind, context, quiet=True)
+                blobs = ApiBlobType[kind]
+                api.upload_files(request, None, str(folder), blobs, context, quiet=True)
 
             send(once)
             if len(request.files) == len(hashes):

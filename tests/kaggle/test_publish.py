@@ -6,20 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
 from kit import files
-from kit.kaggle import client, kernels, manifest, publish
-from kit.kaggle.client import Clock, KaggleError
+from kit.kaggle import client, kernels, manifest
+from kit.kaggle.client import KaggleError
 from tests.kaggle import builds
-from tests.kaggle_stub import Fault, Kaggle
+from tests.kaggle.session import KEY, ROOT, USER, script
+from tests.kaggle_stub import Fault
 
-ROOT = Path(publish.__file__).resolve().parents[2]
-USER, KEY = "alice", "5ecre7-key-0123456789abcdef"
 WEIGHTS, FEATURES = "alice/landmark-weights", "alice/landmark-features"
 SUBMISSION = "alice/landmark-submission"
 WRITES = {
@@ -34,84 +32,6 @@ ERRORS = [
     (429, "too many requests"),
     (500, "500: no, said the server"),
 ]
-
-
-class FakeClock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self):
-        self.seconds, self.naps = 0.0, []
-
-    def now(self):
-        return self.seconds
-
-    def sleep(self, seconds):
-        self.naps.append(seconds)
-        self.seconds += seconds
-
-
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    """The server, with this process's client signed in and able to reach nothing else."""
-    server = Kaggle()
-    server.outputs = {"submission.csv": b"id,images\n0,1 2\n"}
-    server.log = json.dumps(
-        [{"stream_name": "stdout", "time": 1.0, "data": "ranked\n"}]
-    )
-    home = tmp_path / "home"
-    home.mkdir()
-    for name in (
-        "KAGGLE_API_TOKEN",
-        "KAGGLE_KERNEL_RUN_TYPE",
-        "ALL_PROXY",
-        "all_proxy",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in server.environment(home, USER, KEY).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tempfile, "tempdir", None)  # the client keeps uploads in TMPDIR
-    from kaggle.api.kaggle_api_extended import KaggleApi
-
-    assert KaggleApi.args == ["--local"]  # read once, when the client is imported
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def build(tmp_path):
-    return builds.make(tmp_path / "build")
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
-@pytest.fixture
-def go(build, tmp_path, clock):
-    """Publishes all of the build, or as asked; what it says is in `go.said`."""
-
-    def run(**asked):
-        asked = asked or {"datasets": True, "submit": "first"}
-        return publish.publish(
-            build,
-            tmp_path / "out",
-            **asked,
-            clock=Clock(clock.now, clock.sleep),
-            say=run.said.append,
-        )
-
-    run.said = []
-    return run
-
-
-def script(kaggle, build, *arguments, **variables):
-    """scripts/publish.py in a process of its own."""
-    command = [sys.executable, ROOT / "scripts" / "publish.py", build, *arguments]
-    environment = os.environ | variables
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def cli(*arguments):
