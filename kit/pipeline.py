@@ -72,7 +72,7 @@ def run(
     _check_chain(steps, folder)
     forced = _forced([step.name for step in steps], force, start)
     for step in steps:
-        _check_parameters(step)
+        check_parameters(step)
     with files.lock(folder):
         for step in steps:
             if step.name in forced:
@@ -195,7 +195,7 @@ def _forced(names: list[str], force: Collection[str], start: str) -> set[str]:
     return {*force, *(names[names.index(start) :] if start else [])}
 
 
-def _check_parameters(step: Step) -> None:
+def check_parameters(step: Step) -> None:
     """papermill only warns about unknown names, and makes text of tuples and paths."""
     import papermill
 

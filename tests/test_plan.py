@@ -57,7 +57,7 @@ def test_every_recipe_has_a_chain_that_the_pipeline_accepts(run, name):
     run = replace(run, recipe=name)  # checks notebooks, order, and where outputs go
     assert set(table(run).values()) == {"missing"}
     for step in steps(run):
-        pipeline._check_parameters(step)
+        pipeline.check_parameters(step)
 
 
 def test_a_stage_comes_after_the_one_it_goes_on_from(run):
@@ -188,8 +188,8 @@ def test_graphs_are_kept_of_the_index_and_the_references_where_asked(run):
     models, graphs = step.parameters["models"], Path(step.parameters["graphs"])
     assert {graphs / model / "index" for model in models} <= set(step.outputs)
     assert "graphs_of" not in chain["03_features_untrained"].parameters
-    for name in ("04_tune_rerank", "05_submission"):
-        assert chain[name].parameters["graphs"] == str(graphs)
+    assert chain["04_tune_rerank"].parameters["graphs"] == str(graphs)
+    assert chain["05_submission"].parameters["work"] == str(run.work)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def prepared(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     Refuses a parameter that the notebook does not have.
     """
     step = pipeline.Step(notebook.stem, notebook, dict(parameters))
-    pipeline._check_parameters(step)
+    pipeline.check_parameters(step)
     content = files.read_json(notebook)
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
     injected = {

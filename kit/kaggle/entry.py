@@ -184,10 +184,8 @@ def _alarm(seconds: float) -> Iterator[None]:
     if seconds == math.inf or threading.current_thread() is not threading.main_thread():
         yield
         return
-    if seconds <= 0:
-        ring()
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would mean never
     try:
         yield
     finally:
