@@ -9,6 +9,7 @@ in the whole tree: RLIMIT_AS would count mapped files, too.
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 from kit import pipeline
 from kit.kaggle import runtime
 from kit.kaggle.confine import GO, READY
+
+log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds between two looks
 SMALL = 65_536  # bytes of a file that is compared by content, too
@@ -66,9 +69,7 @@ class Sandbox:
     limits: Limits
     working: Path  # as this process sees it, also after the end
     isolated: bool  # by namespaces
-    refusal: (
-        str  # of the system, in one line, where namespaces were tried and are not had
-    )
+    refusal: str  # of the system, where namespaces were tried and are not had
     before: dict[str, Any]  # input as it was, unless it is mounted read-only
 
     @property
@@ -125,6 +126,7 @@ def confined(
             if isolated:
                 raise
             refusal = str(error)
+            log.warning("no namespaces, so sockets are guarded: %s", refusal)
     within = begun is not None
     process, control, folder = begun or _start(_guarded(spec) | {"isolated": False})
     working = Path(f"/proc/self/fd/{folder}")

@@ -163,6 +163,17 @@ def test_children_have_no_network_either(run):
     assert run(code)[1].split()[2:] == ["OSError", "101", "OSError", "URLError"]
 
 
+def test_where_there_are_no_namespaces_names_are_not_even_looked_up(tmp_path):
+    code = (
+        "import socket\nfor host in ('localhost', '::1', '192.0.2.1', 'example.org'):\n"
+    )
+    code += "    try: print(bool(socket.getaddrinfo(host, 80)))\n"
+    code += "    except socket.gaierror as error: print(error.errno)"
+    with confined(code, tmp_path, isolated=False) as box:
+        sandbox.watch(box)
+    assert (tmp_path / confine.LOG).read_text().split() == ["True", "True", "-3", "-3"]
+
+
 def test_a_process_cannot_have_more_memory_than_there_is(run):
     code = (
         "a = bytes(100_000_000); print('some', flush=True)\nb = bytearray(400_000_000)"
