@@ -59,6 +59,13 @@ def options() -> argparse.Namespace:
     )
     add("--hours", type=float, default=build.Order.hours, help="of a session")
     add(
+        "--public-queries",
+        type=int,
+        default=build.Order.public_queries,
+        metavar="N",
+        help="of the competition; more or fewer are a hidden rerun's (default: %(default)s)",
+    )
+    add(
         "--wheels",
         nargs="*",
         default=[],
@@ -77,6 +84,7 @@ def main() -> None:
         competition=given.competition,
         machine_shape=given.machine_shape,
         hours=given.hours,
+        public_queries=given.public_queries,
         wheels=tuple(given.wheels),
     )
     # the images stay at home: a path of theirs is not needed

@@ -23,6 +23,7 @@ from typing import Any
 from kit import config, files, pipeline
 from kit.kaggle import check, flat, manifest, wheels
 from kit.kaggle.contents import KNOWN, REFERENCE, Contents, slug
+from kit.kaggle.runtime import PUBLIC_QUERIES
 
 INJECTED = "injected-parameters"  # papermill's tag, too: it replaces such a cell
 USER = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -37,6 +38,7 @@ class Order:
     competition: str = "landmark-retrieval-2021"  # slug
     machine_shape: str = "NvidiaTeslaT4"
     hours: float = 9.0  # of a session
+    public_queries: int = PUBLIC_QUERIES  # of a commit; others are a hidden rerun's
     wheels: tuple[str, ...] = ()  # packages that Kaggle's image lacks
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ def parameters(contents: Contents, order: Order, refs: Sequence[str]) -> dict[st
         "competition": order.competition,
         "datasets": list(refs),
         "hours": order.hours,
+        "public_queries": order.public_queries,
         "known": contents.known,
         **views,
         "scales": list(contents.views.scales),

@@ -27,6 +27,7 @@ from kit.pipeline import peak_memory
 from kit.plan import INDEX, QUERY, Run
 
 RESULT, SAMPLE = "submission.csv", "sample_submission.csv"
+LATE = "out of time"
 WORK = "work"  # in Kaggle's scratch
 RESERVE = 120.0  # seconds kept for writing, and for Kaggle to save what was written
 
@@ -66,24 +67,26 @@ class Entry:
     done: list[Done] = field(default_factory=list)
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Times what is inside, and ends it when the time is over.
+    def step(self, name: str, ends: float | None = None) -> Iterator[None]:
+        """Times what is inside, and ends it when the time is over; ends: another time.
 
-        Where a file that scores exists, running out of time is told and no error; in a run
-        that is scored nothing is.
+        Where a file that scores exists, running out of time is told and no error, nor is what
+        later steps miss then; in a run that is scored nothing is.
         """
         began, state = time.monotonic(), "done"
+        left = (self.ends if ends is None else ends) - time.time()
         try:
-            with peak_memory(itself=True) as peak, _alarm(self.ends - time.time()):
+            with peak_memory(itself=True) as peak, _alarm(left):
                 yield
         except (OutOfTime, launch.Stopped) as error:
-            state = "out of time"
+            state = LATE
             if not self.out.exists():
                 raise
             print(f"{name}: {error or 'the time is over'}; {self.out.name} stays")
         except Exception as error:
             state = "failed"
-            if not (self.scored and self.out.exists()):
+            late = any(each.state == LATE for each in self.done)
+            if not ((self.scored or late) and self.out.exists()):
                 raise
             traceback.print_exc()
             what = f"{type(error).__name__}: {error}"
@@ -142,7 +145,7 @@ def on_kaggle(
         scored=run.mode is runtime.Mode.RERUN,
         ends=runtime.stop_at(started, hours, RESERVE),
     )
-    with entry.step("sample"):
+    with entry.step("sample", math.inf):
         _first_file(entry, data / SAMPLE, facts.index["id"].iloc[0])
     if run.mode is runtime.Mode.COMMIT and task.commit_images:
         facts.query = facts.query.head(task.commit_images)

@@ -45,6 +45,7 @@ reference: str = "index_train_holdout"  # list
 competition: str = ""  # slug
 datasets: list = []  # owner/slug
 hours: float = 1.0  # of a session
+public_queries: int = 5  # images
 known: str = ""  # list
 size: int = 5  # pixels
 template: str = "L2"  # shape
@@ -224,6 +225,7 @@ def test_the_notebook_is_told_what_travels_and_how_it_was_looked_at(built):
         "competition": "landmark-retrieval-2021",
         "datasets": refs,
         "hours": 9.0,
+        "public_queries": 1129,
         "known": "index",
         "size": 0,
         "template": "own",

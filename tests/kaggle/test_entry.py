@@ -200,6 +200,22 @@ def test_a_step_ends_when_the_time_is_over_and_the_file_stays(tmp_path, scored):
         time.sleep(60)
 
 
+def test_what_misses_a_step_that_ran_out_of_time_is_no_error(tmp_path):
+    run = home(tmp_path, ends=time.time() + 0.1)
+    run.out.touch()
+    with run.step("mount"):
+        time.sleep(60)
+    with run.step("chain", np.inf):
+        raise FileNotFoundError("it was not mounted")
+    assert [each.state for each in run.done] == ["out of time", "failed"]
+
+
+def test_the_first_file_is_written_though_there_is_no_time(root):
+    run = start(hours=1e-3)
+    submission.check(run.out, QUERIES)
+    assert [each.state for each in run.done] == ["done", "out of time"]
+
+
 def test_a_step_that_ends_in_time_rings_no_alarm_later(tmp_path):
     run = home(tmp_path, ends=time.time() + 0.3)
     with run.step("search"):
