@@ -77,6 +77,7 @@ class Kaggle:
         self.log = ""
         self.outputs: dict[str, bytes] = {}
         self.page = 20  # files a page
+        self.late = 0  # how often a variation is asked for until it tells a new version
         self.datasets: dict[str, list[dict[str, bytes]]] = {}  # versions of each
         self.kernels: dict[str, Kernel] = {}
         # versions of each variation, by framework and slug, of each model
@@ -85,7 +86,7 @@ class Kaggle:
         self.lock = threading.Lock()
         self._blobs: dict[str, Blob] = {}
         self.dataset_states_of: dict[str, States] = {}
-        self._numbers = itertools.count(1)
+        self._numbers, self._hidden = itertools.count(1), 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         serve = self._server.serve_forever
@@ -235,11 +236,13 @@ class Kaggle:
 
     def _create_model_instance_version(self, body: dict[str, Any]) -> dict[str, Any]:
         self._variation(body).append(self._files(body["body"]["files"]))
+        self._hidden = self.late
         return {"id": next(self._numbers), "ref": body["instanceSlug"]}
 
     def _get_model_instance(self, body: dict[str, Any]) -> dict[str, Any]:
-        versions = self._variation(body)
-        return {"slug": body["instanceSlug"], "versionNumber": len(versions)}
+        newest = len(self._variation(body)) - (self._hidden > 0)
+        self._hidden -= self._hidden > 0
+        return {"slug": body["instanceSlug"], "versionNumber": newest}
 
     def _list_model_instance_version_files(
         self, body: dict[str, Any]

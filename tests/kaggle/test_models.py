@@ -261,6 +261,15 @@ def test_a_second_publish_sends_nothing_and_a_change_only_what_changed(
     }
 
 
+def test_a_version_that_is_told_late_is_waited_for(kaggle, go, build, clock):
+    go(model=True)
+    (build / manifest.MODEL / "clean/README.md").write_bytes(b"changed")
+    manifest.write(build, builds.COMPETITION)
+    kaggle.late = 3
+    assert go(model=True).models == {C2X: 1, CLEAN: 2}
+    assert clock.naps == [2, 3, 4.5]
+
+
 def test_more_files_than_a_page_holds_are_all_verified(kaggle, go):
     kaggle.page = 2
     go(model=True)
