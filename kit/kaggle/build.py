@@ -6,6 +6,7 @@ build/lists             the list that votes
 build/reference-<model> the features of its images, a dataset a model
 build/known-<model>     features of index images that are not looked at again, if asked for
 build/wheels            what else Kaggle's image lacks, if asked for
+build/model             the networks as a Kaggle model, a folder each
 build/submission        the kernel
 
 Weights and features are hard links where the disk allows: they take no second space.
@@ -21,7 +22,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from kit import config, files, pipeline
-from kit.kaggle import check, flat, manifest, wheels
+from kit.kaggle import card, check, flat, manifest, wheels
 from kit.kaggle.contents import KNOWN, REFERENCE, Contents, slug
 from kit.kaggle.runtime import PUBLIC_QUERIES
 
@@ -92,6 +93,16 @@ def build(
             wheels.download(order.wheels, part / "wheels")
         files.write_json(part / manifest.SUBMISSION / manifest.KERNEL, kernel)
         files.write_json(part / manifest.SUBMISSION / notebook.name, source)
+        run = contents.run
+        card.folder(
+            run.runs,
+            run.recipe,
+            contents.models,
+            part / manifest.MODEL,
+            user=order.user,
+            name=f"{order.name}-embeddings",
+            gains=run.gains,
+        )
         manifest.write(part, order.competition)
         check.refuse(part)
         _replace(part, out)

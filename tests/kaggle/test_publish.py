@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kit import files
+from kit import files, pipeline
 from kit.kaggle import client, kernels, manifest
 from kit.kaggle.client import KaggleError
 from tests.kaggle import builds
@@ -63,6 +64,24 @@ def test_a_build_is_published_from_datasets_to_score(kaggle, go, build, tmp_path
     order = [it for it in dict.fromkeys(kaggle.methods()) if it in WRITES]
     made = ["StartBlobUpload", "PUT", "CreateDataset", "SaveKernel"]
     assert order == [*made, "CreateCodeSubmission"]
+
+
+def test_the_notebook_tells_first_and_sends_when_it_is_told_to(
+    kaggle, build, tmp_path, capfd
+):
+    parameters = {"build": str(build), "output": str(tmp_path / "out")}
+    notebook = ROOT / "notebooks" / "06_publish.ipynb"
+    dry = pipeline.Step("06_publish", notebook, parameters)
+    pipeline.run([dry], tmp_path / "work" / "dry")
+    assert kaggle.methods() == []
+    assert f"kernel {SUBMISSION}: on NvidiaTeslaT4" in capfd.readouterr().out
+    wet = replace(dry, parameters=parameters | {"dry_run": False, "submit": "first"})
+    pipeline.run([wet], tmp_path / "work" / "wet")
+    assert "CreateCodeSubmission" in kaggle.methods()
+    assert "score: public 0.5123, private 0.4987" in capfd.readouterr().out
+    assert (tmp_path / "out/submission.csv").read_bytes() == b"id,images\n0,1 2\n"
+    for path in (tmp_path / "work").rglob("*.ipynb"):
+        assert KEY not in path.read_text()
 
 
 def test_every_field_that_is_sent(kaggle, go, build):

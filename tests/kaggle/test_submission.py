@@ -40,7 +40,9 @@ def home(tmp_path_factory):
     models = ("c2x", "clean")
     for seed, name in enumerate(models):
         torch.manual_seed(seed)
-        config = nets.NetConfig(backbone="lite0", dim=32, input=InputSpec(size=48))
+        config = nets.NetConfig(
+            backbone="tf_efficientnet_lite0", dim=32, input=InputSpec(size=48)
+        )
         nets.save(nets.build(config), run.runs / name, seen={})
     for images in ("query", "index", REFERENCE):
         places = run.runs, models, run.lists, images, run.data, run.features
