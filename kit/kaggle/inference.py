@@ -23,7 +23,8 @@ from kit.models import net as nets
 from kit.plan import INDEX, QUERY
 from kit.rerank.chain import Chain
 
-LOOK, SHARE = 30.0, 0.002  # seconds of the first look, and of the time that is left
+LOOK, SHARE = 30.0, 0.002  # seconds of the first look at most, and of the time left
+EACH = 0.01  # seconds of it for every image there is
 AFTER = ("search", "tag", "rerank", "write")  # of a budget's steps
 MARGIN = 1.5  # how much longer these may take than expected
 UNKNOWN = 0.3  # of the time that is left, kept for them where nothing is measured
@@ -36,14 +37,17 @@ def extracted(
     reference: str = "",
     known: str = "",
     batch: int = 32,
-    workers: int = 2,
+    workers: int = 0,
 ) -> tuple[Chain, Views]:
     """Extracts queries and index; the chain and the views that there was time for.
 
     reference: the list that votes. known: the list whose features travelled; its images are
-    not looked at again.
+    not looked at again. workers: loader processes of each GPU; 0 for as many as there are cores
+    for it, and none where the cores are all there is.
     """
     place = entry.place
+    if not workers and entry.gpus:
+        workers = max(1, (os.cpu_count() or 1) // entry.gpus)
     job = extract.Job(
         runs=place.runs,
         models=tuple(sorted(chain.models, key=chain.models.__getitem__, reverse=True)),
@@ -110,7 +114,8 @@ def _plan(
     if not len(paths):
         whole = stepdown.Plan(job.models, job.views.scales, 0.0, True, "all is known")
         return whole, after
-    found = _look(entry, job, paths, min(LOOK, SHARE * max(left, 0.0)))
+    seconds = min(LOOK, SHARE * max(left, 0.0), EACH * len(paths))
+    found = _look(entry, job, paths, seconds)
     taken = stepdown.plan(
         found.seconds,
         len(paths),
