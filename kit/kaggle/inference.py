@@ -79,8 +79,11 @@ def _extract(job: extract.Job, processes: int) -> None:
             processes=processes,
             logs=job.folder / "logs",
         )
-    except launch.Stopped:
-        lacking = extract.settle(job)
+    except launch.Stopped as stopped:
+        try:
+            lacking = extract.settle(job)
+        except RuntimeError as nothing:  # there is nothing to settle for
+            raise stopped from nothing
         print(f"{job.images}: the time is over, without {lacking:,} images")
 
 
