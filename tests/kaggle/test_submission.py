@@ -137,7 +137,7 @@ def test_killed_at_any_moment_after_the_first_file_there_is_a_valid_one(
     built, home, number
 ):
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6))) + number
-    after = random.Random(seed).uniform(0, 25)
+    after = random.Random(seed).uniform(0, 5)
     print(f"KILL_SEED={seed - number}, {after:.2f} s after the first file")
     mode = (Mode.COMMIT, Mode.RERUN)[number % 2]
     done = rehearse.rehearse(built, home.data, mode=mode, killed_after=after)
