@@ -129,9 +129,7 @@ def test_images_of_a_list_may_stand_there_twice_and_vote_twice(folder, made):
     assert voters.labelled.landmarks.tolist() == [n % 3 for n in expected]
 
 
-def test_references_may_have_been_seen_at_other_scales_where_that_is_said(
-    folder, made
-):
+def test_references_may_have_been_seen_at_other_scales_where_that_is_said(folder, made):
     for name in ("query", "index"):
         shutil.rmtree(folder / "clean" / name)
         write(folder / "clean", made[name], scales=[1.0])
