@@ -22,13 +22,13 @@ import numpy as np
 from kit import launch
 from kit.answers import submission
 from kit.data import lists, sources
-from kit.kaggle import flat, runtime
+from kit.kaggle import flat, runtime, wheels
 from kit.pipeline import peak_memory
 from kit.plan import INDEX, QUERY, Run
 
 RESULT, SAMPLE = "submission.csv", "sample_submission.csv"
 LATE = "out of time"
-WORK = "work"  # in Kaggle's scratch
+WORK, SITE = "work", "site"  # in Kaggle's scratch
 RESERVE = 120.0  # seconds kept for writing, and for Kaggle to save what was written
 
 
@@ -153,7 +153,10 @@ def on_kaggle(
     with entry.step("mount"):
         place = entry.place
         lists.build(facts, data, place.lists, sizes=False, wanted=(QUERY, INDEX))
-        flat.link([runtime.find("dataset", name) for name in datasets], place.work)
+        mounts = [runtime.find("dataset", name) for name in datasets]
+        flat.link(mounts, place.work)
+        for name in wheels.install(mounts, runtime.temp() / SITE):
+            print(f"installed {name}")
         seen = runtime.gpus()
         print(seen)
         entry.gpus = runtime.hide_faulty(seen)

@@ -1,4 +1,4 @@
-"""Wheels that travel: the kit's own from a checkout, and what Kaggle's image lacks."""
+"""Wheels that travel: the kit's own from a checkout, and what Kaggle's image lacks; and there."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ PYTHON = "312"  # of Kaggle's image, whatever runs here
 # wheels say the oldest C library they need; pip takes no older name for a newer one
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "kit")  # of the kit's wheel
+KIT = "landmark_kit-"  # how the kit's own begins
 EPOCH = "315532800"  # 1980, the first year a zip can name: equal sources, equal wheels
 
 
@@ -32,7 +33,7 @@ def make(checkout: Path, to: Path) -> Path:
             ["wheel", "--no-deps", "--no-build-isolation", "--no-index"]
             + ["--wheel-dir", str(to), str(copy)]
         )
-    (wheel,) = to.glob("landmark_kit-*.whl")
+    (wheel,) = to.glob(f"{KIT}*.whl")
     _refuse_strangers(wheel)
     return wheel
 
@@ -45,6 +46,22 @@ def download(names: Sequence[str], to: Path) -> list[Path]:
     to.mkdir(parents=True, exist_ok=True)
     _pip(download_arguments(names, to))
     return sorted(to.glob("*.whl"))
+
+
+def install(mounts: Sequence[Path], to: Path) -> list[str]:
+    """Installs what travelled beside the kit into `to`, for this process and those it starts.
+
+    Needs no network; returns the names of the wheels.
+    """
+    found = [wheel for mount in mounts for wheel in sorted(mount.glob("*.whl"))]
+    others = [wheel for wheel in found if not wheel.name.startswith(KIT)]
+    if others:
+        options = ["--no-index", "--no-deps", "--upgrade", "--target", str(to)]
+        _pip(["install", *options, *map(str, others)])
+        sys.path.insert(0, str(to))
+        paths = (str(to), os.environ.get("PYTHONPATH"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return [wheel.name for wheel in others]
 
 
 def download_arguments(names: Sequence[str], to: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The kit's wheel works from where it lies, and others are those of Kaggle's Python."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -172,3 +173,40 @@ def test_a_wheel_is_downloaded(tmp_path):
     except RuntimeError as error:
         pytest.skip(f"no registry answers: {error}")
     assert found.name.startswith("six-") and zipfile.is_zipfile(found)
+
+
+# On Kaggle
+
+
+def test_what_travelled_beside_the_kit_is_installed_without_a_network(
+    tmp_path, monkeypatch
+):
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    about = "small_thing-1.0.dist-info"
+    head = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(mount / "small_thing-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("small_thing.py", "told = 7\n")
+        archive.writestr(f"{about}/WHEEL", head)
+        archive.writestr(f"{about}/METADATA", "Name: small-thing\nVersion: 1.0\n")
+        archive.writestr(f"{about}/RECORD", "")
+    (mount / "landmark_kit-0.1.0-py3-none-any.whl").write_bytes(b"is imported as it is")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setenv("PYTHONPATH", "before")
+    site = tmp_path / "site"
+    for _ in range(2):  # again in the same session
+        done = wheels.install([tmp_path, mount], site)
+        assert done == ["small_thing-1.0-py3-none-any.whl"]
+    assert importlib.import_module("small_thing").told == 7
+    code = "import small_thing; print(small_thing.told)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"7\n"
+    assert os.environ["PYTHONPATH"].endswith(f"{os.pathsep}before")
+
+
+def test_without_other_wheels_nothing_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    before = sys.path.copy()
+    (tmp_path / "landmark_kit-0.1.0-py3-none-any.whl").touch()
+    assert wheels.install([tmp_path], tmp_path / "site") == []
+    assert sys.path == before and not (tmp_path / "site").exists()
