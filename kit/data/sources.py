@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -89,6 +90,26 @@ def read_continents(path: Path, column: str = "continent") -> dict[str, str]:
     """Country code -> continent; column `glr2021` has the 2021 system's choices."""
     table = read_csv(path, ("country", column))
     return dict(zip(table["country"], table[column], strict=True))
+
+
+def completeness(facts: Facts, whole: Mapping[str, Any]) -> str:
+    """One line: how what was read compares with the whole of GLDv2, as gldv2.json counts it."""
+    counts = {
+        "train images": (len(facts.train), whole["train"]["images"]),
+        "landmarks": (len(facts.country), whole["train"]["landmarks"]),
+        "clean images": (len(facts.clean), whole["clean"]["images"]),
+        "clean landmarks": (
+            facts.clean["landmark_id"].nunique(),
+            whole["clean"]["landmarks"],
+        ),
+        "index images": (len(facts.index), whole["index"]),
+        "test images": (len(facts.query), whole["test"]),
+    }
+    other = {name: pair for name, pair in counts.items() if pair[0] != pair[1]}
+    if not other:
+        return "all of GLDv2"
+    told = [f"{found:,} of {there:,} {name}" for name, (found, there) in other.items()]
+    return f"not all of GLDv2: {', '.join(told)}"
 
 
 def category_name(text: str) -> str:

@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -692,3 +693,26 @@ def test_a_competition_is_its_folders_of_images_in_the_order_of_ids(tmp_path):
     (tmp_path / "index" / "1" / "photo.jpg").touch()
     with pytest.raises(ValueError, match="'photo' is not an id of 16 hex digits"):
         sources.competition(tmp_path)
+
+
+def test_what_was_read_is_compared_with_all_of_gldv2(gldv2):
+    facts = sources.official(gldv2)
+    whole = {
+        "train": {"images": len(facts.train), "landmarks": len(facts.country)},
+        "clean": {"images": len(facts.clean), "landmarks": 0},
+        "index": len(facts.index),
+        "test": 117_577,
+    }
+    clean = facts.clean["landmark_id"].nunique()
+    told = f"{clean} of 0 clean landmarks, {len(facts.query)} of 117,577 test images"
+    assert sources.completeness(facts, whole) == f"not all of GLDv2: {told}"
+    whole["clean"]["landmarks"], whole["test"] = clean, len(facts.query)
+    assert sources.completeness(facts, whole) == "all of GLDv2"
+
+
+def test_the_counts_of_all_of_gldv2_are_those_of_its_paper():
+    path = Path(sources.__file__).resolve().parents[2] / "datasets_meta" / "gldv2.json"
+    whole = json.loads(path.read_text())
+    assert whole["train"] == {"images": 4_132_914, "landmarks": 203_094}
+    assert whole["clean"] == {"images": 1_580_470, "landmarks": 81_313}
+    assert (whole["index"], whole["test"]) == (761_757, 117_577)
