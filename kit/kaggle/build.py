@@ -13,12 +13,11 @@ Weights and features are hard links where the disk allows: they take no second s
 """
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from kit import config, files, pipeline
@@ -72,7 +71,7 @@ def build(
     _refuse_others(out)
     templates = checkout / "datasets_meta" / "kaggle"
     shipped = {
-        folder: {flat.name(path.relative_to(contents.run.work)): path for path in paths}
+        folder: {flat.name(path): source for path, source in paths.items()}
         for folder, paths in contents.datasets().items()
     }
     folders = ["kit", *shipped, *(["wheels"] if order.wheels else [])]
@@ -87,7 +86,7 @@ def build(
             files.write_json(part / folder / manifest.DATASET, metadata)
         for folder, paths in shipped.items():
             for name, path in paths.items():
-                _carry(path, part / folder / name)
+                flat.carry(path, part / folder / name)
         wheels.make(checkout, part / "kit")
         if order.wheels:
             wheels.download(order.wheels, part / "wheels")
@@ -121,7 +120,7 @@ def parameters(contents: Contents, order: Order, refs: Sequence[str]) -> dict[st
         "datasets": list(refs),
         "hours": order.hours,
         "public_queries": order.public_queries,
-        "known": contents.known,
+        "known": contents.travels,
         **views,
         "scales": list(contents.views.scales),
     }
@@ -207,29 +206,6 @@ def _rendered(template: Path, values: Mapping[str, str]) -> dict[str, Any]:
         return values[word]
 
     return filled(files.read_json(template))
-
-
-def _carry(path: Path, to: Path) -> None:
-    """A file into the build: JSON without this machine's paths, the rest as it is."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        files.write_json(to, _portable(files.read_json(path)))
-        return
-    try:
-        os.link(path.resolve(), to)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(path, to)
-
-
-def _portable(value: Any) -> Any:
-    """Absolute paths become their last part."""
-    if isinstance(value, str) and PurePath(value).is_absolute():
-        return PurePath(value).name
-    if isinstance(value, list):
-        return [_portable(each) for each in value]
-    if isinstance(value, dict):
-        return {_portable(name): _portable(each) for name, each in value.items()}
-    return value
 
 
 def _refuse_others(out: Path) -> None:

@@ -7,15 +7,13 @@
   model-instance-metadata.json what Kaggle's client reads of a variation
 """
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kit import config, files
 from kit.answers import metrics
-from kit.kaggle import manifest
+from kit.kaggle import flat, manifest
 from kit.kaggle.contents import slug
 from kit.models import net as nets
 
@@ -63,8 +61,8 @@ def folder(
         reference = f"{user}/{name}/{FRAMEWORK}/{variation}"
         text = card(about, recipe, each, f"kaggle:{reference}/VERSION", rows, licence)
         files.write_text(out / variation / "README.md", text)
-        files.write_json(out / variation / "model.json", about)
-        _carry(runs / each / "model.safetensors", out / variation)
+        for part in ("model.json", "model.safetensors"):
+            flat.carry(runs / each / part, out / variation / part)
         files.write_json(
             out / variation / manifest.VARIATION,
             {
@@ -151,11 +149,3 @@ def _table(head: Sequence[str], rows: Any) -> str:
 def _body(text: str) -> str:
     """A card without its front matter, which only the hub reads."""
     return text.split("---\n", 2)[2].lstrip()
-
-
-def _carry(path: Path, to: Path) -> None:
-    (to / path.name).unlink(missing_ok=True)
-    try:
-        os.link(path.resolve(), to / path.name)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(path, to / path.name)

@@ -34,11 +34,22 @@ class Contents:
     run: Run
     models: tuple[str, ...]
     reference: str  # list that votes; "" where no step asks
-    known: str  # list of index images whose features travel; "" for none
+    known: str  # list of index images whose features travel, "" for none
     views: Views  # how all of it was looked at
 
-    def datasets(self) -> dict[str, list[Path]]:
-        """Files of each dataset by its folder's name, in the order they are attached."""
+    @property
+    def travels(self) -> str:
+        """What the list of known images is called in the notebook's work folder.
+
+        There the index is another list, of what the competition mounts.
+        """
+        return self.known if self.known in ("", self.reference) else KNOWN
+
+    def datasets(self) -> dict[str, dict[Path, Path]]:
+        """Each dataset by its folder's name, in the order they are attached.
+
+        Files by their path in the notebook's work folder.
+        """
         run, reference = self.run, self.reference
         weights = [
             run.runs / model / name
@@ -50,19 +61,26 @@ class Contents:
             found["lists"] = [
                 run.lists / f"{reference}.{end}" for end in ("csv", "json")
             ]
-        stores = {REFERENCE: reference}
-        if self.known != reference:  # else the references' features are those
-            stores[KNOWN] = self.known
-        for kind, images in stores.items():
+        there = {
+            folder: {path.relative_to(run.work): path for path in paths}
+            for folder, paths in found.items()
+        }
+        stores = {REFERENCE: (reference, reference)}
+        if self.travels == KNOWN:  # else the references' features are those
+            stores[KNOWN] = (self.known, KNOWN)
+        for kind, (images, called) in stores.items():
             for model in self.models if images else ():
                 folder = f"{kind}-{slug(model)}"
-                if folder in found:
+                if folder in there:
                     raise ValueError(
                         f"two models make the dataset {folder}; rename one"
                     )
-                place = run.features / model / images
-                found[folder] = [place / name for name in STORE]
-        return found
+                place = run.features / model
+                there[folder] = {
+                    (place / called / name).relative_to(run.work): place / images / name
+                    for name in STORE
+                }
+        return there
 
 
 def slug(text: str) -> str:

@@ -3,9 +3,13 @@
 features/toy/c2x/index_train/ids.npy travels as features__toy__c2x__index_train__ids.npy.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
+from kit import files
 from kit.kaggle import manifest
 
 SEPARATOR = "__"
@@ -52,6 +56,30 @@ def link(mounts: Sequence[Path], work: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         target.symlink_to(source.absolute())
+
+
+def carry(path: Path, to: Path) -> None:
+    """A file into the build: JSON without this machine's paths, the rest as it is."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.unlink(missing_ok=True)
+    if path.suffix == ".json":
+        files.write_json(to, _portable(files.read_json(path)))
+        return
+    try:
+        os.link(path.resolve(), to)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(path, to)
+
+
+def _portable(value: Any) -> Any:
+    """Absolute paths become their last part."""
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return PurePath(value).name
+    if isinstance(value, list):
+        return [_portable(each) for each in value]
+    if isinstance(value, dict):
+        return {_portable(name): _portable(each) for name, each in value.items()}
+    return value
 
 
 def _checked(mount: Path) -> list[Path]:

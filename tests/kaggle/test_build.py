@@ -177,7 +177,7 @@ def test_every_dataset_holds_what_it_is_named_for(built, made):
         f"{kind}-{model}": [
             f"features__toy__{model}__{images}__{name}" for name in STORE
         ]
-        for kind, images in (("reference", "index_train"), ("known", "index"))
+        for kind, images in (("reference", "index_train"), ("known", "known"))
         for model in MODELS
     }
     weights = [
@@ -226,7 +226,7 @@ def test_the_notebook_is_told_what_travels_and_how_it_was_looked_at(built):
         "datasets": refs,
         "hours": 9.0,
         "public_queries": 1129,
-        "known": "index",
+        "known": "known",
         "size": 0,
         "template": "own",
         "scales": [0.707, 1.0],
@@ -262,10 +262,10 @@ def test_the_linked_mounts_are_a_work_folder_that_the_kit_reads(built, made, tmp
     for model in plan.models:
         about = nets.describe(there.runs / model)
         assert nets.load(there.runs / model).dim == 8
-        for name in ("index_train", "index"):
+        for name, own in {"index_train": "index_train", "known": "index"}.items():
             found = store.load(there.features / model / name)
             store.expect(found, model_hash=about["hash"])
-            ours = store.load(made.features / model / name)
+            ours = store.load(made.features / model / own)
             assert np.array_equal(found.vectors, ours.vectors)
             assert found.manifest == ours.manifest
     assert not list(tmp_path.rglob("screen.npy"))
