@@ -12,7 +12,7 @@ from kit.answers import submission
 from kit.answers.retrieval import Scenes
 from kit.data import lists, sources, toy
 from kit.data.inputs import InputSpec
-from kit.features import extract
+from kit.features import extract, store
 from kit.kaggle import build, contents, manifest, mounts, rehearse
 from kit.kaggle.runtime import Mode
 from kit.kaggle.sandbox import Limits
@@ -104,6 +104,13 @@ def test_a_commit_finds_what_the_library_finds(built, home, expected, layout, tm
     assert "step     state        seconds  peak MB" in told
 
 
+def test_where_there_are_no_namespaces_it_is_the_same(built, home, expected, tmp_path):
+    done = rehearse.rehearse(built, home.data, keep=tmp_path, isolated=False)
+    assert done.ok, (done.problem, done.error)
+    assert submission.read(done.submission) == expected
+    assert "guard" in done.network
+
+
 @pytest.mark.parametrize("layout", mounts.LAYOUTS)
 def test_a_rerun_finds_what_the_library_finds_of_its_images(
     built, home, expected, layout, tmp_path
@@ -143,6 +150,22 @@ def test_killed_at_any_moment_after_the_first_file_there_is_a_valid_one(
     done = rehearse.rehearse(built, home.data, mode=mode, killed_after=after)
     assert done.valid, (seed, done.problem, done.error)
     assert done.first_valid_s < 30
+
+
+def test_images_whose_features_travelled_are_not_looked_at_again(
+    home, expected, tmp_path
+):
+    order = build.Order("alice", "toy", public_queries=len(expected))
+    found = contents.find(home, REFERENCE, known="index")
+    out = build.build(tmp_path / "build", found, order, ROOT, NOTEBOOK)
+    done = rehearse.rehearse(out, home.data, keep=tmp_path / "kept")
+    assert done.ok, (done.problem, done.error)
+    count = len(lists.load(home.lists, "index"))
+    told = printed(done, tmp_path / "kept")
+    lost = store.load(home.features / "c2x" / "index").manifest["unreadable"]
+    seen = f"index: {count - len(lost)} of {count} images are known already"
+    assert seen in told  # the others are tried again
+    assert submission.read(done.submission) == expected
 
 
 # What goes wrong
