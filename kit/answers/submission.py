@@ -2,13 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from kit import files
 from kit.data.sources import read_csv
 
-LIMIT = 100  # index images a query
+
+class Form(NamedTuple):
+    """What a competition wants; the defaults are those of Google Landmark Retrieval."""
+
+    columns: tuple[str, str] = ("id", "images")  # a query, and its index images
+    most: int = 100  # images of a query
+
+
+FORM = Form()
 
 
 def write(
@@ -17,6 +26,7 @@ def write(
     ranked: np.ndarray,
     asked: Iterable[str] | None = None,
     index_ids: Iterable[str] | None = None,
+    form: Form = FORM,
 ) -> Path:
     """query_ids: (Q,); ranked: (Q, k) ids, best first, empty ones left out.
 
@@ -26,33 +36,37 @@ def write(
         raise ValueError(f"{len(query_ids)} queries, but {len(ranked)} rankings")
     with files.replacing(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write("id,images\n")
+            file.write(f"{','.join(form.columns)}\n")
             for query, images in zip(query_ids, ranked, strict=True):
                 file.write(f"{query},{' '.join(filter(None, images.tolist()))}\n")
         if asked is not None:
-            check(temporary, asked, index_ids)
+            check(temporary, asked, index_ids, form)
     return path
 
 
-def read(path: Path) -> dict[str, list[str]]:
+def read(path: Path, form: Form = FORM) -> dict[str, list[str]]:
     """Query id -> ranked index ids."""
-    table = read_csv(path, ("id", "images"))
-    repeated = table.loc[table["id"].duplicated(), "id"]
+    query, images = form.columns
+    table = read_csv(path, form.columns)
+    repeated = table.loc[table[query].duplicated(), query]
     if len(repeated):
         raise ValueError(
             f"{path}: query {repeated.iloc[0]} stands there more than once"
         )
-    return dict(zip(table["id"], table["images"].str.split(), strict=True))
+    return dict(zip(table[query], table[images].str.split(), strict=True))
 
 
 def check(
-    path: Path, query_ids: Iterable[str], index_ids: Iterable[str] | None = None
+    path: Path,
+    query_ids: Iterable[str],
+    index_ids: Iterable[str] | None = None,
+    form: Form = FORM,
 ) -> int:
     """What Kaggle would refuse or score as zero, refused here; returns the number of queries.
 
-    Every query once and no other, at most 100 images each, none twice, all of them in the index.
+    Every query once and no other, at most form.most images each, none twice, all of them in the index.
     """
-    rankings = read(path)
+    rankings = read(path, form)
     wanted = set(query_ids)
     missing, strange = (
         sorted(wanted - rankings.keys()),
@@ -68,9 +82,9 @@ def check(
         )
     known = None if index_ids is None else set(index_ids)
     for query, images in rankings.items():
-        if len(images) > LIMIT:
+        if len(images) > form.most:
             raise ValueError(
-                f"{path}: query {query} has {len(images)} images, more than {LIMIT}"
+                f"{path}: query {query} has {len(images)} images, more than {form.most}"
             )
         if len(set(images)) < len(images):
             raise ValueError(f"{path}: query {query} has an image twice")

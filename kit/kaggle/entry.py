@@ -37,12 +37,13 @@ class OutOfTime(BaseException):  # no handler of errors on the way may take it f
 
 
 class Task(NamedTuple):
-    """What a competition shows: folders of images, and how many queries are public."""
+    """What a competition shows, and what it wants."""
 
     query: str = "test"
     index: str = "index"
     public_queries: int = runtime.PUBLIC_QUERIES
     commit_images: int = 0  # queries, and index images, of a commit; 0: all of them
+    form: submission.Form = submission.FORM
 
 
 class Done(NamedTuple):
@@ -64,6 +65,7 @@ class Entry:
     scored: bool = False  # Kaggle scores it: nothing may end it but its end
     ends: float = math.inf  # unix time
     gpus: int = 0  # that work
+    form: submission.Form = submission.FORM
     done: list[Done] = field(default_factory=list)
 
     @contextmanager
@@ -102,7 +104,7 @@ class Entry:
         whole = np.full((len(self.asked), ranked.shape[1]), "", ranked.dtype)
         rows = {query: row for row, query in enumerate(self.asked.tolist())}
         whole[[rows[query] for query in query_ids.tolist()]] = ranked
-        submission.write(self.out, self.asked, whole, self.asked, index_ids)
+        submission.write(self.out, self.asked, whole, self.asked, index_ids, self.form)
 
     def table(self) -> str:
         """Seconds and memory of every step."""
@@ -144,6 +146,7 @@ def on_kaggle(
         asked,
         scored=run.mode is runtime.Mode.RERUN,
         ends=runtime.stop_at(started, hours, RESERVE),
+        form=task.form,
     )
     with entry.step("sample", math.inf):
         _first_file(entry, data / SAMPLE, facts.index["id"].iloc[0])
@@ -167,9 +170,9 @@ def _first_file(entry: Entry, sample: Path, some: str) -> None:
     """The competition's own sample where it fits the queries, else one index image for all."""
     asked = entry.asked.tolist()
     try:
-        found = submission.read(sample)
-        submission.check(sample, asked)
-        answers = [found[query][: submission.LIMIT] for query in asked]
+        submission.check(sample, asked, form=entry.form)
+        found = submission.read(sample, entry.form)
+        answers = [found[query] for query in asked]
     except (OSError, ValueError) as error:
         print(f"{SAMPLE} is not used: {error}")
         answers = [[some]] * len(asked)
@@ -177,7 +180,7 @@ def _first_file(entry: Entry, sample: Path, some: str) -> None:
     ranked = np.full((len(asked), width), "", "U16")
     for row, images in zip(ranked, answers, strict=True):
         row[: len(images)] = images
-    submission.write(entry.out, entry.asked, ranked, asked)
+    submission.write(entry.out, entry.asked, ranked, asked, form=entry.form)
 
 
 @contextmanager

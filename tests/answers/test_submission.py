@@ -155,3 +155,20 @@ def test_an_image_that_is_not_in_the_index_is_refused(path):
         "query r answers c, which is not in the index$",
         index_ids=["a", "b", "z"],
     )
+
+
+def test_another_competition_has_other_columns_and_fewer_images(tmp_path):
+    form = submission.Form(("query", "answers"), 2)
+    path = tmp_path / "submission.csv"
+    ranked = np.array([["a" * 16, "b" * 16, ""]] * len(QUERIES))
+    submission.write(path, QUERIES, ranked, QUERIES, form=form)
+    head, first, *_ = path.read_text().splitlines()
+    assert head == "query,answers"
+    assert first == f"{QUERIES[0]},{'a' * 16} {'b' * 16}"
+    assert submission.read(path, form)[QUERIES[0]] == ["a" * 16, "b" * 16]
+    with pytest.raises(ValueError, match="no column id, images"):
+        submission.read(path)
+    longer = np.array([["a" * 16, "b" * 16, "c" * 16]] * len(QUERIES))
+    with pytest.raises(ValueError, match="has 3 images, more than 2"):
+        submission.write(path, QUERIES, longer, QUERIES, form=form)
+    assert submission.check(path, QUERIES, form=form) == len(QUERIES)

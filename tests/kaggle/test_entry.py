@@ -95,6 +95,20 @@ def test_the_first_file_is_there_before_what_travelled_is_looked_at(root):
     submission.check(root / "working" / "submission.csv", QUERIES)
 
 
+def test_the_files_are_as_the_competition_wants_them(root):
+    sample = root / "input" / COMPETITION / entry.SAMPLE
+    sample.write_text(sample.read_text().replace("id,images", "query,answers"))
+    form = submission.Form(("query", "answers"), 1)
+    task = entry.Task(public_queries=3, form=form)
+    datasets = [f"{OWNER}/toy-models"]
+    run = entry.on_kaggle("toy", COMPETITION, datasets, task, 9.0, time.time())
+    first = {name: [min(INDEX)] for name in QUERIES}  # the sample names two
+    assert submission.read(run.out, form) == first
+    ranked = np.array([[INDEX[3]]] * 3)
+    run.write(np.array(QUERIES), ranked, np.array(INDEX))
+    assert submission.read(run.out, form)[QUERIES[0]] == [INDEX[3]]
+
+
 # What is mounted
 
 
