@@ -347,7 +347,7 @@ def _is_ours(about: Path) -> bool:
     """Whether a JSON file describes a list."""
     try:
         found = files.read_json(about)
-    except ValueError:
+    except (OSError, ValueError):  # such as a link to what is mounted no more
         return False
     return isinstance(found, dict) and {"name", "rows", "hash", "kit"} <= found.keys()
 

@@ -206,7 +206,10 @@ def competition(data: Path, query: str = "test", index: str = "index") -> Facts:
             there = ", ".join(sorted(p.name for p in data.glob("*") if p.is_dir()))
             raise FileNotFoundError(f"no folder {place}; there: {there or 'none'}")
         names = (name for _, _, found in os.walk(place) for name in found)
-        ids = sorted(n.removesuffix(".jpg") for n in names if n.endswith(".jpg"))
+        stems = (name.removesuffix(".jpg") for name in names if name.endswith(".jpg"))
+        ids = sorted(
+            filter(ID.fullmatch, stems)
+        )  # other files are not the competition's
         if not ids:
             raise ValueError(f"{place}: no image in it")
         rows = pd.DataFrame({"id": ids}, dtype=object)

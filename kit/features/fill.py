@@ -69,6 +69,9 @@ class Model:
         with torch.autocast(self.device.type, half, enabled=half is not None):
             found = embed(self.net, scales, self.how.flip, self.how.normalise)
         fine = torch.isfinite(found).all(1)
+        if half is not None and not fine.all():  # some images are too much for it
+            found = embed(self.net, scales, self.how.flip, self.how.normalise)
+            fine = torch.isfinite(found).all(1)
         if not fine.all():
             name = paths[int((~fine).nonzero()[0])].decode()
             raise FloatingPointError(

@@ -179,8 +179,38 @@ def _search(
         raise ValueError(f"out has shape {tuple(out.scores.shape)}, the result {shape}")
     for start in range(0, count, QUERIES):
         queries = slice(start, min(start + QUERIES, count))
-        out.scores[queries], out.rows[queries] = nearest(here, queries)
+        found = _without_zeros(here, queries) or nearest(here, queries)
+        out.scores[queries], out.rows[queries] = found
     return out
+
+
+def _without_zeros(task: Task, queries: slice) -> Neighbours | None:
+    """What is nearest where some queries are zero, as those of unreadable images are.
+
+    All rows tie for them, which a search could only find by scoring every one exactly. None
+    where there are none, or where addends make their scores differ.
+    """
+    given = [side.query[queries] for side in task.sides]
+    zero = ~torch.stack([each.any(dim=1) for each in given]).any(dim=0)
+    given_more = any(each is not None for each in vars(task.addends).values())
+    if given_more or not zero.any():
+        return None
+    shape = len(zero), task.k
+    scores = torch.full(shape, -torch.inf)
+    rows = torch.full(shape, -1, dtype=torch.long)
+    there = torch.arange(task.span.start, task.span.stop)
+    if task.skip is not None:
+        there = there[~task.skip[task.span.start : task.span.stop]]
+    first = there[: task.k]
+    scores[zero, : len(first)], rows[zero, : len(first)] = 0.0, first
+    if not zero.all():
+        sides = [
+            side._replace(query=each[~zero])
+            for side, each in zip(task.sides, given, strict=True)
+        ]
+        others = slice(0, len(zero) - int(zero.sum()))
+        scores[~zero], rows[~zero] = nearest(replace(task, sides=sides), others)
+    return Neighbours(scores, rows)
 
 
 def _gathered(part: Neighbours, rank: Rank) -> list[Neighbours]:

@@ -1,4 +1,6 @@
 import math
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +48,11 @@ def by_hand(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def brute(query, database, k):
     scores = query.double().numpy() @ database.double().numpy().T
     return by_hand(scores.astype(np.float32), k)
+
+
+def joined(vectors):
+    """Models side by side: their products add up."""
+    return torch.cat(list(vectors), dim=1)
 
 
 def agrees(found, expected):
@@ -509,3 +516,67 @@ def test_top_skips_no_column_of_wide_scores(k):
     scores[3] = 0.5
     agrees(top(scores[:3], k), by_hand(scores[:3].numpy(), k))
     agrees(top(scores, k), by_hand(scores.numpy(), k))
+
+
+# zero queries, as those of images that could not be read
+
+
+@pytest.mark.parametrize("k", [1, 9, 3000])
+def test_zero_queries_find_the_first_rows_that_are_there(k):
+    query, database = unit(40), unit(2500, seed=1)
+    query[::3] = 0
+    skip = torch.zeros(2500, dtype=torch.bool)
+    skip[[0, 2]] = True
+    found = knn(query, database, k, skip=skip, block=96)
+    scores = query.double().numpy() @ database.double().numpy().T
+    kept = (~skip).nonzero()[:, 0].numpy()
+    best, at = by_hand(scores[:, kept].astype(np.float32), k)
+    width = best.shape[1]
+    agrees(Neighbours(found.scores[:, :width], found.rows[:, :width]), (best, kept[at]))
+    assert (found.rows[:, width:] == -1).all()
+    parts = [knn(query[n : n + 1], database, k, skip=skip) for n in range(4)]
+    for name in ("scores", "rows"):
+        one = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(getattr(found, name)[:4], one)
+
+
+def test_a_query_that_is_zero_for_one_model_only_is_searched():
+    query, database = [unit(9), unit(9, seed=2)], [unit(800, seed=1), unit(800, seed=3)]
+    query[0][4] = 0
+    query[1][[4, 5]] = 0
+    found = knn(query, database, 7)
+    agrees(found, brute(joined(query), joined(database), 7))
+
+
+def test_zero_queries_with_addends_are_ordered_by_these():
+    query, database = unit(6), unit(900, seed=1)
+    query[2:] = 0
+    given = addends(6, 900, 1)
+    scores = with_addends(query.double().numpy() @ database.double().numpy().T, given)
+    agrees(knn(query, database, 9, addends=given), by_hand(scores, 9))
+
+
+def test_an_interruption_ends_a_search_at_its_next_block(monkeypatch):
+    taken = []
+    screen = Worker.screen
+
+    def slow(self, start):
+        taken.append(start)
+        time.sleep(0.02)
+        screen(self, start)
+
+    monkeypatch.setattr(Worker, "screen", slow)
+    query, database = unit(30), unit(60_000, seed=1)
+
+    def ring(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            knn(query, database, 3, block=128, devices=["cpu"] * 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert 0 < len(taken) < 200  # of 469 blocks

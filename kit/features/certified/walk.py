@@ -154,8 +154,12 @@ class Walk:
                     failed.set()
                     raise
 
-        for done in [pool.submit(run, worker) for worker in workers]:
-            done.result()
+        try:
+            for done in [pool.submit(run, worker) for worker in workers]:
+                done.result()
+        except BaseException:  # of a worker, or an interruption of the one who waits
+            failed.set()
+            raise
 
     def sampled(self) -> Sequence[int]:
         """Blocks all over the database, with enough chunks for a first floor."""
