@@ -17,13 +17,14 @@ from kit.features import store
 from kit.features.store import Features
 from kit.features.views import OWN, Views
 from kit.models import net as nets
-from kit.plan import HOLDOUTS, LISTS, QUERY, TRAINED, VOTERS, Run
+from kit.plan import HOLDOUTS, INDEX, LISTS, QUERY, TRAINED, VOTERS, Run
 from kit.rerank import chain
 from kit.rerank.chain import Chain
 from kit.training import recipes
 
 MODELS, REFERENCE, KNOWN = "models", "reference", "known"  # of datasets
 STORE = ("ids.npy", "vectors.npy", "done.npy", "manifest.json")
+GRAPH = ("rows.npy", "scores.npy", "manifest.json")
 VIEWS = tuple(each.name for each in fields(Views))
 
 
@@ -80,6 +81,12 @@ class Contents:
                     (place / called / name).relative_to(run.work): place / images / name
                     for name in STORE
                 }
+                graph = run.graphs / model / images
+                if kind == REFERENCE and (graph / GRAPH[-1]).exists():
+                    there[folder] |= {
+                        (graph / name).relative_to(run.work): graph / name
+                        for name in GRAPH
+                    }
         return there
 
 
@@ -100,6 +107,10 @@ def find(run: Run, reference: str = "", known: str = "") -> Contents:
     plan = chain.load(run.chain)
     models = tuple(plan.models)
     abouts = {model: _weights(run, model) for model in models}
+    if reference in (QUERY, INDEX):
+        raise ValueError(
+            f"list {reference} is what the competition shows; name another that votes"
+        )
     if not reference and asks_labels(plan):
         reference = _voters(run, models)
     stores = {
@@ -189,13 +200,15 @@ def _views(
     asked for or is the model's own is found by trying.
     """
     facts = {key: _facts(*key, features) for key, features in stores.items()}
+    # a template is named, for the notebook must know that it needs the images' sizes
+    own = () if any(spec.template for spec in specs.values()) else (OWN,)
     tried = [
         Views(
             **said
             | {"size": size, "template": template, "scales": tuple(said["scales"])}
         )
         for said in facts.values()
-        for size, template in product((0, said["size"]), (OWN, said["template"]))
+        for size, template in product((0, said["size"]), (*own, said["template"]))
     ]
 
     def others(views: Views) -> dict[tuple[str, str], list[str]]:

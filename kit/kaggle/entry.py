@@ -44,6 +44,7 @@ class Task(NamedTuple):
     public_queries: int = runtime.PUBLIC_QUERIES
     commit_images: int = 0  # queries, and index images, of a commit; 0: all of them
     form: submission.Form = submission.FORM
+    sizes: bool = False  # heights and widths of all images are needed, for a template
 
 
 class Done(NamedTuple):
@@ -101,6 +102,7 @@ class Entry:
         self, query_ids: np.ndarray, ranked: np.ndarray, index_ids: np.ndarray
     ) -> None:
         """The answers (Q, k) of queries (Q,), checked; none of others that are asked."""
+        ranked = ranked[:, : self.form.most]
         whole = np.full((len(self.asked), ranked.shape[1]), "", ranked.dtype)
         rows = {query: row for row, query in enumerate(self.asked.tolist())}
         whole[[rows[query] for query in query_ids.tolist()]] = ranked
@@ -155,14 +157,14 @@ def on_kaggle(
         facts.index = facts.index.head(task.commit_images)
     with entry.step("mount"):
         place = entry.place
-        lists.build(facts, data, place.lists, sizes=False, wanted=(QUERY, INDEX))
+        lists.build(facts, data, place.lists, sizes=task.sizes, wanted=(QUERY, INDEX))
         mounts = [runtime.find("dataset", name) for name in datasets]
         flat.link(mounts, place.work)
-        for name in wheels.install(mounts, runtime.temp() / SITE):
-            print(f"installed {name}")
         seen = runtime.gpus()
         print(seen)
         entry.gpus = runtime.hide_faulty(seen)
+        for name in wheels.install(mounts, runtime.temp() / SITE):
+            print(f"installed {name}")
     return entry
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kit import config, launch
 from kit.data import lists
-from kit.features import extract, store
+from kit.features import extract, fill, store
 from kit.features.views import Views
 from kit.kaggle import budget, rates, stepdown
 from kit.kaggle.entry import Entry
@@ -27,6 +27,8 @@ LOOK, SHARE = 30.0, 0.002  # seconds of the first look at most, and of the time 
 EACH = 0.01  # seconds of it for every image there is
 AFTER = ("search", "tag", "rerank", "write")  # of a budget's steps
 MARGIN = 1.5  # how much longer these may take than expected
+BLOCKS = 2  # of extraction that there must be time for at the least
+FEW = 4  # images at a time of the first look on cores, which take long for each
 UNKNOWN = 0.3  # of the time that is left, kept for them where nothing is measured
 
 
@@ -112,7 +114,7 @@ def _plan(
         whole = stepdown.Plan(job.models, job.views.scales, 0.0, True, told)
         return whole, UNKNOWN * max(0.0, entry.ends - time.time())
     after = _after(entry, job, images)
-    left = entry.ends - time.time() - after
+    left = entry.ends - time.time()
     paths = np.concatenate([ids[n].rows["path"].to_numpy(str)[todo[n]] for n in ids])
     if not len(paths):
         whole = stepdown.Plan(job.models, job.views.scales, 0.0, True, "all is known")
@@ -123,12 +125,17 @@ def _plan(
         found.seconds,
         len(paths),
         left,
+        rest=after,
         decode=1 / found.decode,
         overlap=entry.gpus > 0,
         # what travelled was looked at at these scales
         scales=[job.views.scales] if job.known else (),
     )
-    return taken, after
+    number = len(taken.models)
+    each = max(taken.seconds - after[number - 1], 0.0) / len(paths)
+    # time is looked at between blocks, of each rank
+    block = fill.BLOCK * max(1, entry.gpus) * each
+    return taken, max(after[number - 1], BLOCKS * block)
 
 
 def _look(
@@ -138,7 +145,7 @@ def _look(
     device = torch.device("cuda" if entry.gpus else "cpu")
     some = np.random.default_rng(0).permutation(len(paths))[:2000]
     loaded = {name: nets.load(job.runs / name, device).eval() for name in job.models}
-    return rates.measure(
+    found = rates.measure(
         loaded,
         job.views,
         job.data,
@@ -146,18 +153,29 @@ def _look(
         device=device,
         gpus=max(1, entry.gpus),
         seconds=seconds,
-        batch=job.batch,
-        workers=job.workers,
+        batch=job.batch if entry.gpus else min(FEW, job.batch),
+        workers=job.workers * max(1, entry.gpus),  # of all ranks
     )
+    if entry.gpus:  # the ranks need the memory
+        loaded.clear()
+        torch.cuda.empty_cache()
+    return found
 
 
-def _after(entry: Entry, job: extract.Job, images: budget.Images) -> float:
-    """Seconds that search, tags and rerank may take, by the table of machines."""
+def _after(entry: Entry, job: extract.Job, images: budget.Images) -> list[float]:
+    """Seconds that search, tags and rerank may take with 1, 2, ... models.
+
+    By the table of machines; steps that verify, diffuse or build graphs are not counted.
+    """
     known = budget.MACHINES["t4x2" if entry.gpus else "cpu4"]
     machine = replace(known, gpus=entry.gpus)
     models = [budget.count(name, net, job.views) for name, net in _nets(job).items()]
-    steps = budget.estimate(images, models, machine, batch=job.batch).steps
-    return MARGIN * 3600 * sum(step.hours for step in steps if step.name in AFTER)
+    after = []
+    for number in range(1, len(models) + 1):
+        steps = budget.estimate(images, models[:number], machine, batch=job.batch).steps
+        hours = sum(step.hours for step in steps if step.name in AFTER)
+        after.append(MARGIN * 3600 * hours)
+    return after
 
 
 def _nets(job: extract.Job) -> Mapping[str, nets.NetConfig]:

@@ -247,9 +247,9 @@ def gpus(patience: float = 300.0) -> Gpus:
 
 def hide_faulty(seen: Gpus) -> int:
     """Leaves this process and its children the GPUs that work; how many these are."""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
-        raise RuntimeError("CUDA is in use already; hide faulty GPUs before that")
     if seen.trouble or len(seen.working) < len(seen.found):
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+            raise RuntimeError("CUDA is in use already; hide faulty GPUs before that")
         names = list(filter(None, os.environ.get(VISIBLE, "").split(",")))
         numbers = [gpu.number for gpu in seen.working]
         kept = [names[n] if names else str(n) for n in numbers]

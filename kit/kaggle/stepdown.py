@@ -28,7 +28,7 @@ def plan(
     images: int,
     left: float,
     *,
-    rest: float = 0.0,
+    rest: Sequence[float] = (),
     decode: float = 0.0,
     overlap: bool = True,
     done: int = 0,
@@ -38,7 +38,7 @@ def plan(
 
     seconds: model, scale -> of an image on the whole machine, the most important model first;
     the last one goes first. images: to extract; left: seconds; rest: of everything after
-    extraction; decode: seconds an image of the loader, beside the networks or (`overlap`
+    extraction, with 1, 2, ... models; decode: seconds an image of the loader, beside the networks or (`overlap`
     False) in turn with them; done: images that all models at all scales have behind them,
     which counts only where the scales stay: embeddings are sums over them. scales: what may
     be looked at, dearest first (`fewer` of all); stored references must have the same ones.
@@ -64,7 +64,8 @@ def plan(
             network = sum(seconds[name][scale] for name in taken for scale in choice)
             each = max(decode, network) if overlap else decode + network
             todo = images - done * (set(choice) == set(full))
-            offered.append((todo * each + rest, taken, choice))
+            after = rest[number - 1] if rest else 0.0
+            offered.append((todo * each + after, taken, choice))
     fits = [each for each in offered if each[0] <= left]
     cost, taken, choice = fits[0] if fits else min(offered, key=lambda each: each[0])
     said = _statement(offered[0], (cost, taken, choice), left, bool(fits))

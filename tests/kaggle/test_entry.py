@@ -104,7 +104,7 @@ def test_the_files_are_as_the_competition_wants_them(root):
     run = entry.on_kaggle("toy", COMPETITION, datasets, task, 9.0, time.time())
     first = {name: [min(INDEX)] for name in QUERIES}  # the sample names two
     assert submission.read(run.out, form) == first
-    ranked = np.array([[INDEX[3]]] * 3)
+    ranked = np.array([[INDEX[3], INDEX[1]]] * 3)  # one more than is asked for
     run.write(np.array(QUERIES), ranked, np.array(INDEX))
     assert submission.read(run.out, form)[QUERIES[0]] == [INDEX[3]]
 

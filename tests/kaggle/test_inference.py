@@ -96,7 +96,7 @@ def test_images_that_there_was_no_time_for_count_as_unreadable(
     run, monkeypatch, capsys
 ):
     monkeypatch.setattr(fill, "BLOCK", 4)
-    monkeypatch.setattr(inference, "_after", lambda *_: 7200.0)  # no time is left
+    monkeypatch.setattr(inference, "_after", lambda *_: [7200.0] * 2)  # no time is left
     inference.extracted(run, CHAIN, VIEWS)
     told = capsys.readouterr().out
     assert "nothing fits: even heavy at scale 1" in told

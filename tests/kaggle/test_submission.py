@@ -13,6 +13,7 @@ from kit.answers.retrieval import Scenes
 from kit.data import lists, sources, toy
 from kit.data.inputs import InputSpec
 from kit.features import extract, store
+from kit.features.views import Views
 from kit.kaggle import build, contents, manifest, mounts, rehearse
 from kit.kaggle.runtime import Mode
 from kit.kaggle.sandbox import Limits
@@ -166,6 +167,26 @@ def test_images_whose_features_travelled_are_not_looked_at_again(
     seen = f"index: {count - len(lost)} of {count} images are known already"
     assert seen in told  # the others are tried again
     assert submission.read(done.submission) == expected
+
+
+def test_a_template_takes_the_images_own_sizes(home, tmp_path):
+    run = Run("toy", home.data, tmp_path / "work")
+    for folder in ("lists", "runs", "answers"):
+        shutil.copytree(home.work / folder, run.work / folder)
+    views = Views(48, "longest")
+    for images in ("query", "index", REFERENCE):
+        places = run.runs, ("c2x", "clean"), run.lists, images, run.data, run.features
+        extract.run(extract.Job(*places, views, workers=0))
+    order = build.Order("alice", "toy")
+    found = contents.find(run, REFERENCE)
+    out = build.build(tmp_path / "build", found, order, ROOT, NOTEBOOK)
+    done = rehearse.rehearse(out, run.data, keep=tmp_path / "kept")
+    assert done.ok, (done.problem, done.error)
+    listed = [lists.load(run.lists, name) for name in ("query", "index", REFERENCE)]
+    ids, ranked = Scenes(run.features, *listed).answers(chain.load(run.chain))
+    told = submission.read(done.submission)
+    for query, row in zip(ids.tolist(), ranked.tolist(), strict=True):
+        assert told[query] == [image for image in row if image]
 
 
 # What goes wrong
