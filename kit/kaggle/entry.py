@@ -138,8 +138,9 @@ def on_kaggle(
     the first of its images, and the other queries have empty answers.
     """
     data = runtime.find("competition", competition)
-    facts = sources.competition(data, task.query, task.index)
-    asked = facts.query["id"].to_numpy().astype("U16")
+    asked = np.array(sorted(sources.image_ids(data / task.query)), "U16")
+    if not len(asked):
+        raise FileNotFoundError(f"no image in {data / task.query}")
     run = runtime.detect(asked, task.public_queries)
     print(run.statement)
     entry = Entry(
@@ -151,12 +152,14 @@ def on_kaggle(
         form=task.form,
     )
     with entry.step("sample", math.inf):
-        _first_file(entry, data / SAMPLE, facts.index["id"].iloc[0])
-    if run.mode is runtime.Mode.COMMIT and task.commit_images:
-        facts.query = facts.query.head(task.commit_images)
-        facts.index = facts.index.head(task.commit_images)
+        some = next(sources.image_ids(data / task.index), "")
+        _first_file(entry, data / SAMPLE, some)
     with entry.step("mount"):
         place = entry.place
+        facts = sources.competition(data, task.query, task.index)
+        if run.mode is runtime.Mode.COMMIT and task.commit_images:
+            facts.query = facts.query.head(task.commit_images)
+            facts.index = facts.index.head(task.commit_images)
         lists.build(facts, data, place.lists, sizes=task.sizes, wanted=(QUERY, INDEX))
         mounts = [runtime.find("dataset", name) for name in datasets]
         flat.link(mounts, place.work)

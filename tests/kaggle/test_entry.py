@@ -146,6 +146,11 @@ def test_a_folder_without_images_is_refused_by_its_path(root):
         path.unlink()
     with pytest.raises(ValueError, match="/index: no image in it"):
         start()
+    assert (root / "working" / "submission.csv").exists()
+    for path in (root / "input" / COMPETITION / "test").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no image in .*/test"):
+        start()
 
 
 def test_a_session_ends_before_its_limit(root):
