@@ -38,7 +38,7 @@ def cached(hub: Path, ref: str = "main") -> Path:
     return saved(home / "snapshots" / COMMIT)
 
 
-@pytest.mark.parametrize("path", ["runs/toy/c2x", "/work/kaggle:odd", "hf"])
+@pytest.mark.parametrize("path", ["runs/toy/c2x", "/data/kaggle:odd", "hf"])
 def test_a_path_is_itself(path):
     assert references.folder(path) == references.folder(Path(path)) == Path(path)
 
