@@ -118,7 +118,7 @@ def _plan(
     paths = np.concatenate([ids[n].rows["path"].to_numpy(str)[todo[n]] for n in ids])
     if not len(paths):
         whole = stepdown.Plan(job.models, job.views.scales, 0.0, True, "all is known")
-        return whole, after
+        return whole, after[-1]
     seconds = min(LOOK, SHARE * max(left, 0.0), EACH * len(paths))
     found = _look(entry, job, paths, seconds)
     taken = stepdown.plan(

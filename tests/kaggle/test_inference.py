@@ -1,3 +1,4 @@
+import shutil
 import time
 from dataclasses import replace
 
@@ -117,6 +118,32 @@ def test_features_that_travelled_keep_their_scales(run, monkeypatch):
     chain, views = inference.extracted(run, CHAIN, VIEWS, known="known")
     assert views == VIEWS
     assert dict(chain.models) == {"heavy": 1.0}
+
+
+def test_where_all_features_travelled_no_image_is_looked_at(run, capsys):
+    inference.extracted(run, CHAIN, VIEWS)
+    expected = {}
+    for model in CHAIN.models:
+        stores = [
+            store.load(run.place.features / model / name) for name in ("query", "index")
+        ]
+        both = run.place.features / model / "known"
+        about = {name: stores[0].manifest[name] for name in ("model", "list", "seen")}
+        about |= VIEWS.facts(InputSpec(size=32))
+        ids = np.concatenate([each.ids for each in stores])
+        vectors = np.concatenate([each.vectors for each in stores])
+        store.create(both, ids, 8, len(ids), about)
+        store.Writer(both).write(0, vectors)
+        store.finish(both)
+        expected[model] = np.array(stores[1].vectors)
+        for name in ("query", "index"):
+            shutil.rmtree(run.place.features / model / name)
+    shutil.rmtree(run.place.data)
+    assert inference.extracted(run, CHAIN, VIEWS, known="known") == (CHAIN, VIEWS)
+    assert "all is known" in capsys.readouterr().out
+    for model, vectors in expected.items():
+        found = store.load(run.place.features / model / "index").vectors
+        assert np.array_equal(found, vectors)
 
 
 def test_time_is_kept_for_what_comes_after(run, monkeypatch):
