@@ -75,8 +75,8 @@ class Model:
         if not fine.all():
             name = paths[int((~fine).nonzero()[0])].decode()
             raise FloatingPointError(
-                f"{self.folder}: the embedding of {name} is not finite; its weights or "
-                "its half precision are at fault"
+                f"{self.folder}: the embedding of {name} is not finite, in single "
+                "precision either; its weights are at fault"
             )
         self.vectors[at] = found.cpu().numpy() * readable.numpy()[:, None]
 

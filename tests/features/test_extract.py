@@ -791,6 +791,26 @@ def test_finished_features_are_not_computed_again(three, monkeypatch):
     extract.run(three)
 
 
+def test_what_half_precision_cannot_hold_is_embedded_in_single(job, monkeypatch):
+    expected = extracted(job).vectors.copy()
+    embedded, tried = fill.embed, []
+
+    def too_much(*given):
+        tried.append(torch.is_autocast_enabled("cpu"))
+        found = embedded(*given)
+        return torch.full_like(found, torch.inf) if tried[-1] else found
+
+    monkeypatch.setattr(nets, "half_precision", lambda _: torch.bfloat16)
+    monkeypatch.setattr(fill, "embed", too_much)
+    again = replace(job, features=job.features.with_name("again"))
+    assert np.array_equal(extracted(again).vectors, expected)
+    assert tried[:4] == [True, False] * 2
+    monkeypatch.setattr(fill, "embed", lambda *given: embedded(*given) + torch.inf)
+    never = replace(job, features=job.features.with_name("never"))
+    with pytest.raises(FloatingPointError, match=r"is not finite, in single precision"):
+        extract.run(never)
+
+
 # What is known already
 
 THERE = [1, 2, 7, 12, 13, 14, 15, 17, 18, 20]  # rows of `full`; all of block 3
