@@ -75,8 +75,8 @@ class Client:
             self.ask("signing in", api.authenticate)
         except SystemExit:
             raise KaggleError(
-                "no Kaggle credentials; set KAGGLE_USERNAME and KAGGLE_KEY, or put "
-                "kaggle.json in ~/.kaggle"
+                "no Kaggle credentials; set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
+                "KAGGLE_KEY, or put kaggle.json in ~/.kaggle"
             ) from None
         self._secrets = _secrets(api)
         return api

@@ -551,7 +551,7 @@ def test_a_submission_that_fails_is_an_error(kaggle, go):
 def test_no_credentials_are_one_line(kaggle, go, monkeypatch, capsys):
     monkeypatch.delenv("KAGGLE_KEY")
     with pytest.raises(
-        KaggleError, match="^no Kaggle credentials; set KAGGLE_USERNAME"
+        KaggleError, match="^no Kaggle credentials; set KAGGLE_API_TOKEN"
     ):
         go()
     assert capsys.readouterr() == ("", "") and not kaggle.requests
