@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kit import config, files, launch
-from kit.answers import metrics
+from kit.answers import leaks
 from kit.answers.trial import STOPPED, Search, Trial
 from kit.data import lists, sources
 from kit.models import net as nets
@@ -158,7 +158,7 @@ def _prepare(search: Search, found: Sequence[Point]) -> None:
     for about in earlier.values():
         seen |= about["seen"]
     searched = named[search.index]
-    warning = metrics.refuse_leaks(job.lists, searched, seen, search.optimistic)
+    warning = leaks.refuse_leaks(job.lists, searched, seen, search.optimistic)
     if warning:
         print(f"{folder}:{warning}", flush=True)
     shared = {

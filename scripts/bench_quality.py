@@ -24,7 +24,8 @@ from typing import Any
 
 from bench import ROOT, Bench, Row
 
-from kit.answers import metrics, tuning
+from kit.answers import tuning
+from kit.answers.metrics import mean_ap
 from kit.answers.retrieval import Scenes
 from kit.data import lists, sources
 from kit.features import extract
@@ -53,16 +54,16 @@ class Photos:
     model: str
     solution: Any  # a table of sources.read_solution
     per_landmark: bool = False
-    scores: dict[str, metrics.Score] = field(default_factory=dict)
+    scores: dict[str, mean_ap.Score] = field(default_factory=dict)
 
     @property
     def search(self) -> Chain:
         return Chain({self.model: 1.0})
 
-    def score(self, chain: Chain) -> metrics.Score:
+    def score(self, chain: Chain) -> mean_ap.Score:
         told = str(chain)
         if told not in self.scores:
-            self.scores[told] = metrics.evaluate(
+            self.scores[told] = mean_ap.evaluate(
                 *self.scenes.answers(chain), self.solution
             )
         return self.scores[told]
@@ -70,10 +71,10 @@ class Photos:
     def public(self, chain: Chain) -> float:
         return self.score(chain).public
 
-    def gain(self, chain: Chain) -> metrics.Gain:
+    def gain(self, chain: Chain) -> mean_ap.Gain:
         """Over search, on the half that nothing is chosen by."""
         pair = self.score(self.search), self.score(chain)
-        return metrics.gain(*pair, per_landmark=self.per_landmark)
+        return mean_ap.gain(*pair, per_landmark=self.per_landmark)
 
     def value(self, chain: Chain) -> float:
         queries = self.score(chain).queries

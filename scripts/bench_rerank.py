@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kit.answers import metrics
+from kit.answers.metrics import mean_ap
 from kit.rerank import expansion
 from kit.rerank.sort_insert import Predictions, sort_insert
 
@@ -162,7 +162,7 @@ def metric_rows(bench: Any) -> Iterator[dict[str, Any]]:
     queries, ranked, solution = answers()
 
     def ours() -> pd.DataFrame:
-        return metrics.evaluate(queries, ranked, solution).queries
+        return mean_ap.evaluate(queries, ranked, solution).queries
 
     def theirs() -> list[float]:
         rankings = dict(zip(queries, ranked.tolist(), strict=True))

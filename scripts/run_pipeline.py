@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kit import launch, pipeline, plan
-from kit.answers import metrics
+from kit.answers import gain_table
+from kit.answers.metrics import mean_ap
 from kit.nodes import session
 from kit.rerank.steps import STEPS
 from kit.training import recipes
@@ -191,10 +192,10 @@ def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -
 
 def report(run: plan.Run) -> None:
     print(f"\n{'step':28}  public  private")
-    for step, public, private, note in metrics.read_gains(run.gains):
+    for step, public, private, note in gain_table.read(run.gains):
         print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
     print(f"\nsubmission  {run.submission}\nreport      {run.report}")
-    print(metrics.evaluate_file(run.submission, run.lists / "solution.csv"))
+    print(mean_ap.evaluate_file(run.submission, run.lists / "solution.csv"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit import files, plan
-from kit.answers import metrics
+from kit.answers import gain_table
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run() -> plan.Run:
 
 @pytest.fixture(scope="module")
 def gains(run) -> dict[str, tuple[float, float]]:
-    rows = metrics.read_gains(run.gains)
+    rows = gain_table.read(run.gains)
     return {step: (public, private) for step, public, private, _ in rows}
 
 

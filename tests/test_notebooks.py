@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kit import pipeline, plan
-from kit.answers import metrics, retrieval, submission
+from kit.answers import gain_table, retrieval, submission
+from kit.answers.metrics import mean_ap
 from kit.data import lists, toy
 from kit.features import store
 
@@ -106,8 +107,8 @@ def test_the_submission_answers_every_query_with_index_images(tiny):
 
 
 def test_the_printed_score_is_the_submission_s_own(tiny):
-    score = metrics.evaluate_file(tiny.submission, tiny.lists / "solution.csv")
-    taken = [row for row in metrics.read_gains(tiny.gains) if row[0][0] != "("]
+    score = mean_ap.evaluate_file(tiny.submission, tiny.lists / "solution.csv")
+    taken = [row for row in gain_table.read(tiny.gains) if row[0][0] != "("]
     _, public, private, _ = taken[-1]
     assert score.public == pytest.approx(public, abs=1e-6)
     assert score.private == pytest.approx(private, abs=1e-6)
@@ -155,9 +156,7 @@ def test_a_leaky_reference_is_refused_unless_it_is_called_optimistic(tiny, tmp_p
     assert not (tmp_path / "chain.json").exists()
     told = pipeline.Step("told", tune, places | {"optimistic": True})
     pipeline.run([told], tmp_path / "steps")
-    assert all(
-        "LEAKY" in note for *_, note in metrics.read_gains(tmp_path / "gains.csv")
-    )
+    assert all("LEAKY" in note for *_, note in gain_table.read(tmp_path / "gains.csv"))
 
 
 def test_two_processes_extract_the_same_features_and_find_the_same_images(

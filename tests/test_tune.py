@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit import config, files, launch, pipeline, tune
-from kit.answers import metrics
+from kit.answers import leaks
 from kit.answers.trial import Search, Trial, score
 from kit.data import lists, sources
 from kit.data.inputs import InputSpec
@@ -221,7 +221,7 @@ def test_a_folder_of_another_search_is_refused_by_what_differs(done):
         (replace(done, job=replace(done.job, net=replace(NET, dim=8))), "network"),
         (replace(done, index="index_train_holdout"), "searched, lists"),
     ):
-        with pytest.raises((ValueError, metrics.LeakError), match=what):
+        with pytest.raises((ValueError, leaks.LeakError), match=what):
             tune.tune(SPACE, replace(other, optimistic=True), gpus=1)
     assert (done.folder / "tune.csv").read_bytes() == before
 
@@ -255,7 +255,7 @@ def test_what_cannot_be_searched_or_scored_is_refused_before_the_first_trial(
         tune.tune({"init": ["zero"]}, search, gpus=1)
     with pytest.raises(ValueError, match="stage first cannot start from itself"):
         tune.tune({"init": ["", "first"]}, search, gpus=1)
-    with pytest.raises(metrics.LeakError, match="list all holds 6 validation queries"):
+    with pytest.raises(leaks.LeakError, match="list all holds 6 validation queries"):
         tune.tune({"images": ["all"]}, leaky(search, data, tmp_path), gpus=1)
     with pytest.raises(ValueError, match="has no public query to choose a trial by"):
         tune.tune(SPACE, leaky(search, data, tmp_path, "Private"), gpus=1)

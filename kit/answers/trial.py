@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import config, files, launch
-from kit.answers import metrics, retrieval
+from kit.answers import retrieval
+from kit.answers.metrics import mean_ap
 from kit.data import lists, sources
 from kit.features import extract
 from kit.nodes.agent import end_with
@@ -85,7 +86,7 @@ def score(trial: Trial, seed: int) -> tuple[float, float]:
     scenes = retrieval.Scenes(runs / "features", query, index)
     chain = Chain({job.stage.name: 1.0})
     solution = sources.read_solution(job.lists / "solution.csv")
-    found = metrics.evaluate(*scenes.answers(chain), solution)
+    found = mean_ap.evaluate(*scenes.answers(chain), solution)
     return found.public, found.private
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import config, files
-from kit.answers import metrics
+from kit.answers import gain_table
 from kit.kaggle import flat, manifest
 from kit.kaggle.contents import slug
 from kit.models import net as nets
@@ -55,7 +55,7 @@ def folder(
     variations = {each: slug(each) for each in names}
     if not names or len(set(variations.values())) < len(names):
         raise ValueError(f"networks {names} are none, or two make one variation")
-    rows = metrics.read_gains(gains) if gains is not None and gains.exists() else []
+    rows = gain_table.read(gains) if gains is not None and gains.exists() else []
     for each, variation in variations.items():
         about = nets.describe(runs / each)
         reference = f"{user}/{name}/{FRAMEWORK}/{variation}"
@@ -100,7 +100,7 @@ def card(
     gains: Sequence[tuple[str, float, float, str]],
     licence: str,
 ) -> str:
-    """A network's card; about: its model.json; gains: of `metrics.read_gains`."""
+    """A network's card; about: its model.json; gains: of `gain_table.read`."""
     net = config.from_dict(nets.NetConfig, about["config"])
     shown = net.input
     head = ["---", f"license: {licence}", "library_name: landmark-kit"]
@@ -137,7 +137,7 @@ def _results(recipe: str, gains: Sequence[tuple[str, float, float, str]]) -> lis
         return ["Not measured."]
     rows = [(step, f"{a:.4f}", f"{b:.4f}", note) for step, a, b, note in gains]
     said = f"mAP@100 of recipe {recipe}, all its networks together, after each step."
-    return [said, _table(metrics.GAINS, rows)]
+    return [said, _table(gain_table.COLUMNS, rows)]
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

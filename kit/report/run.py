@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kit.answers import metrics
-from kit.answers.metrics import Score
+from kit.answers import gain_table
+from kit.answers.metrics.mean_ap import Score
 from kit.data import images, lists
 from kit.data.readers import UnreadableImage, open_reader
 from kit.data.sources import read_solution
@@ -27,7 +27,7 @@ def write(
     warning: str = "",
 ) -> Path:
     """One self-contained HTML page, run.report; everything on it was computed before."""
-    gains = metrics.read_gains(run.gains)
+    gains = gain_table.read(run.gains)
     names, public, private, _ = zip(*gains, strict=True)
     last = max(at for at, name in enumerate(names) if not name.startswith("("))
     counts = lists.describe(run.lists)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kit.answers import metrics
+from kit.answers import gain_table
 from kit.kaggle import card, check, manifest, publish
 from kit.kaggle.client import KaggleError
 from kit.models import net as nets
@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     for name in ("clean", "c2x/full"):
         nets.save(nets.build(nets.NetConfig("test_resnet", dim=8)), folder / name, SEEN)
-    metrics.write_gains(folder / "gains.csv", GAINS)
+    gain_table.write(folder / "gains.csv", GAINS)
     return folder
 
 

@@ -9,21 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit import files
-from kit.answers import metrics
-from kit.answers.metrics import (
-    LeakError,
+from kit.answers.metrics import __main__ as command_line
+from kit.answers.metrics import mean_ap
+from kit.answers.metrics.mean_ap import (
     Score,
     average_precision,
     evaluate,
     evaluate_file,
-    read_gains,
-    refuse_leaks,
-    write_gains,
 )
-from kit.data import lists, sources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def by_hand(ranking: list[str], positives: set[str]) -> float:
@@ -297,7 +292,9 @@ def test_bad_files_are_refused_in_one_line(tmp_path, submitted, solution, messag
     (tmp_path / "submission.csv").write_text(submitted)
     (tmp_path / "solution.csv").write_text(solution)
     with pytest.raises(SystemExit) as caught:
-        metrics.main([str(tmp_path / "submission.csv"), str(tmp_path / "solution.csv")])
+        command_line.main(
+            [str(tmp_path / "submission.csv"), str(tmp_path / "solution.csv")]
+        )
     said = caught.value.code
     assert isinstance(said, str) and "\n" not in said  # a text is exit status 1
     assert said.startswith("metrics: ") and message in said
@@ -306,94 +303,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path, submitted, solution, messag
 @pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"]])
 def test_the_command_says_what_it_wants(arguments):
     with pytest.raises(SystemExit) as caught:
-        metrics.main(arguments)
+        command_line.main(arguments)
     assert caught.value.code.startswith("usage: python -m kit.answers.metrics")
-
-
-# Leaks
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Lists of three train landmarks, an index of five images (one a distractor), three queries."""
-    lines = ["path,label,split"]
-    lines += [f"train/{n}.jpg,{'abc'[n % 3]},train" for n in range(6)]
-    lines += [f"index/{n}.jpg,{label},index" for n, label in enumerate("abca")]
-    lines += ["index/9.jpg,,index"]
-    lines += [f"query/{n}.jpg,{label},query" for n, label in enumerate("abz")]
-    for line in lines[1:]:
-        path = tmp_path / "data" / line.split(",")[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
-    facts = sources.from_csv(tmp_path / "table.csv", tmp_path / "data")
-    lists.build(facts, tmp_path / "data", tmp_path / "lists", sizes=False)
-    return tmp_path / "lists"
-
-
-def hashes(folder, *names):
-    return {lists.load(folder, name).hash: name for name in names}
-
-
-def test_holdout_lists_do_not_leak(made):
-    seen = hashes(made, "clean", "c2x", "full", "index_train_holdout", "all_holdout")
-    assert len(seen) >= 3
-    assert refuse_leaks(made, lists.load(made, "index"), seen) == ""
-    assert refuse_leaks(made, lists.load(made, "index"), {}) == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "count"), [("index_train", 4), ("all", 6), ("index", 5), ("query", 2)]
-)
-def test_what_saw_the_index_or_a_query_is_refused(made, name, count):
-    seen = hashes(made, "clean", name)
-    message = f"^list {name} holds {count} validation queries or images of index; use a"
-    with pytest.raises(LeakError, match=message) as caught:
-        refuse_leaks(made, lists.load(made, "index"), seen)
-    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
-
-
-def test_a_leak_that_is_asked_for_is_printed_beside_the_number(made):
-    index, seen = lists.load(made, "index"), hashes(made, "index_train")
-    warning = refuse_leaks(made, index, seen, optimistic=True)
-    expected = "list index_train holds 4 validation queries or images of index"
-    assert warning == f"  LEAKY ({expected})"
-    assert refuse_leaks(made, index, hashes(made, "clean"), optimistic=True) == ""
-
-
-def test_a_list_that_nobody_knows_counts_as_a_leak(made):
-    index, seen = lists.load(made, "index"), {"0" * 64: "old"}
-    with pytest.raises(LeakError, match="^list old is not one of those in"):
-        refuse_leaks(made, index, seen)
-    assert "LEAKY (list old is" in refuse_leaks(made, index, seen, optimistic=True)
-
-
-# Gains
-
-
-def test_gains_survive_their_file(tmp_path):
-    rows = [
-        ("search", 0.51234567, 0.6, ""),
-        ('rerank, "tuned"', 0.0, 1.0, "  LEAKY (list all holds 3 images)"),
-        ("None", 0.25, 0.125, "NA"),
-        ("no public half", math.nan, 0.5, ""),
-    ]
-    path = write_gains(tmp_path / "gains.csv", rows)
-    read = read_gains(path)
-    assert [(row[0], row[3]) for row in read] == [(row[0], row[3]) for row in rows]
-    np.testing.assert_allclose(
-        [row[1:3] for row in read], [row[1:3] for row in rows], atol=5e-7
-    )
-    assert path.read_text().splitlines()[:2] == [
-        "step,public,private,note",
-        "search,0.512346,0.600000,",
-    ]
-
-
-def test_gains_without_a_column_are_refused(tmp_path):
-    files.write_text(tmp_path / "gains.csv", "step,public\na,1\n")
-    with pytest.raises(ValueError, match="no column private, note"):
-        read_gains(tmp_path / "gains.csv")
 
 
 # How sure a gain is
@@ -418,7 +329,7 @@ def test_a_gain_is_the_mean_and_its_interval_that_of_redrawn_landmarks():
     landmarks = random.integers(0, 12, 80)
     usage = np.where(random.random(80) < 0.3, "Public", "Private")
     before, after = random.random(80), random.random(80)
-    found = metrics.gain(
+    found = mean_ap.gain(
         scored(before, landmarks, usage), scored(after, landmarks, usage), draws=300
     )
     private = usage == "Private"
@@ -441,7 +352,7 @@ def test_queries_of_one_landmark_are_no_more_sure_than_one():
     gains = np.repeat([0.5, -0.5], 40)
     usage, zero = ["Private"] * 80, np.zeros(80)
     by_landmark, by_query = (
-        metrics.gain(scored(zero, owners, usage), scored(gains, owners, usage))
+        mean_ap.gain(scored(zero, owners, usage), scored(gains, owners, usage))
         for owners in (np.repeat([0, 1], 40), np.arange(80))
     )
     assert (by_landmark.low, by_landmark.high) == (-0.5, 0.5)
@@ -453,21 +364,21 @@ def test_each_landmark_can_count_the_same_however_many_queries_it_has():
     gains = np.array([0.4, 0.4, 0.4, 0.0, -0.2, -0.4])
     owners, usage = [0, 0, 0, 1, 2, 2], ["Private"] * 6
     pair = scored(np.zeros(6), owners, usage), scored(gains, owners, usage)
-    found = metrics.gain(*pair, draws=300, per_landmark=True)
+    found = mean_ap.gain(*pair, draws=300, per_landmark=True)
     own = np.array([0.4, 0.0, -0.3])  # of each landmark
     assert found.mean == pytest.approx(own.mean())
     drawn = np.random.default_rng(0).integers(3, size=(300, 3))
     low, high = np.quantile(own[drawn].mean(axis=1), [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high))
-    assert metrics.gain(*pair).mean == pytest.approx(0.1)
+    assert mean_ap.gain(*pair).mean == pytest.approx(0.1)
 
 
 def test_gains_of_different_queries_or_of_none_are_refused():
     one = scored(np.zeros(3), np.arange(3), ["Private"] * 3)
     with pytest.raises(ValueError, match="two scores of the same queries"):
-        metrics.gain(one, scored(np.zeros(2), np.arange(2), ["Private"] * 2))
+        mean_ap.gain(one, scored(np.zeros(2), np.arange(2), ["Private"] * 2))
     with pytest.raises(ValueError, match="no query is of the half Public"):
-        metrics.gain(one, one, "Public")
+        mean_ap.gain(one, one, "Public")
 
 
 def test_queries_with_the_same_positives_are_of_one_landmark():

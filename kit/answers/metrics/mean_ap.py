@@ -1,12 +1,6 @@
-"""mAP@100 as Google Landmark Retrieval defines it, on the public and the private half.
+"""mAP@100 as Google Landmark Retrieval defines it, on the public and the private half."""
 
-`python -m kit.answers.metrics submission.csv solution.csv` scores any submission.
-"""
-
-import csv
-import io
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kit import files
 from kit.answers import submission
-from kit.data import lists
-from kit.data.sources import read_csv, read_solution
+from kit.data.sources import read_solution
 
 
 @dataclass(frozen=True)
@@ -131,65 +123,3 @@ def evaluate_file(path: Path, solution: Path) -> Score:
         [images + [""] * (width - len(images)) for images in rankings.values()]
     )
     return evaluate(list(rankings), ranked, read_solution(solution))
-
-
-class LeakError(ValueError):
-    """An offline number whose models or references have seen what it is measured on."""
-
-
-def refuse_leaks(
-    folder: Path,
-    searched: lists.ImageList,
-    seen: Mapping[str, str],
-    optimistic: bool = False,
-) -> str:
-    """ "" where nothing leaks; with `optimistic`, the warning to print beside the number.
-
-    seen: hash -> name of every list that the models trained on or whose images vote.
-    """
-    found = lists.leaks(seen, folder, searched)
-    if not found:
-        return ""
-    name, count = next(iter(found.items()))
-    problem = (
-        f"list {name} is not one of those in {folder}, so nobody can tell what it holds"
-        if count < 0
-        else f"list {name} holds {count} validation queries or images of {searched.name}"
-    )
-    if not optimistic:
-        raise LeakError(
-            f"{problem}; use a holdout list, or set optimistic to print it as LEAKY"
-        )
-    return f"  LEAKY ({problem})"
-
-
-GAINS = ("step", "public", "private", "note")
-
-
-def write_gains(path: Path, rows: Sequence[tuple[str, float, float, str]]) -> Path:
-    """gains.csv: mAP@100 after each step."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(GAINS)
-    table.writerows((step, f"{a:.6f}", f"{b:.6f}", note) for step, a, b, note in rows)
-    return files.write_text(path, text.getvalue())
-
-
-def read_gains(path: Path) -> list[tuple[str, float, float, str]]:
-    table = read_csv(path, GAINS)
-    numbers = (table[name].astype(float) for name in ("public", "private"))
-    return list(zip(table["step"], *numbers, table["note"], strict=True))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if len(given) != 2:
-        sys.exit("usage: python -m kit.answers.metrics submission.csv solution.csv")
-    try:
-        print(evaluate_file(Path(given[0]), Path(given[1])))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"metrics: {error}")
-
-
-if __name__ == "__main__":
-    main()
