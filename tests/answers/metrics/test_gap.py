@@ -139,9 +139,16 @@ def test_a_query_may_show_several_landmarks_and_each_is_right():
 
 
 def test_average_keeps_ties_in_the_order_given():
-    sure, right = np.array([0.5, 0.5, 0.9]), np.array([True, False, False])
-    assert gap.average(sure, right, 2) == 0.25
-    assert gap.average(sure[[1, 0, 2]], right[[1, 0, 2]], 2) == pytest.approx(1 / 6)
+    draw = np.random.default_rng(0)
+    sure, right = draw.integers(3, size=300) / 4, draw.random(300) < 0.4
+    ranked = sorted(range(300), key=lambda place: -sure[place])  # stable, by definition
+    hits = np.cumsum(right[ranked])
+    total = sum(
+        hits[place] / (place + 1) for place in range(300) if right[ranked[place]]
+    )
+    assert gap.average(sure, right, 150) == pytest.approx(total / 150)
+    backwards = gap.average(sure[::-1], right[::-1], 150)
+    assert abs(backwards - total / 150) > 1e-3
 
 
 def test_gap_without_queries_that_show_a_landmark_is_not_a_number():
