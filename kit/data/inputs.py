@@ -25,7 +25,7 @@ class InputSpec:
 
     size: int = 224  # side of the square, pixels
     # S2, L2, ...: shapes by aspect ratio beside the square (2019); longest: the image's own,
-    # its longest side being `size`
+    # its longest side being `size`; bounded: the same where it is larger
     template: str = ""
     resize: str = "squash"  # whole image, aspect lost; "crop": its central square
     colour: str = "rgb"  # order of the channels, or "bgr"

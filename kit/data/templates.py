@@ -1,7 +1,8 @@
 """Input shapes by aspect ratio: images of one group share a shape, and with it a batch.
 
-1st place of Google Landmark Retrieval 2019. Groups go from landscape to portrait. `LONGEST` has no
-groups: an image keeps its aspect ratio and its longest side is the size.
+1st place of Google Landmark Retrieval 2019. Groups go from landscape to portrait. Those of `FREE`
+have none: an image keeps its aspect ratio, and its longest side is the size (`LONGEST`) or at most
+the size (`BOUNDED`, as on Oxford and Paris: what is smaller stays as it is).
 """
 
 import numpy as np
@@ -17,8 +18,9 @@ TEMPLATES = {  # (width, height) of each group, pixels
     "M2": ((800, 544), (800, 608), (704, 704), (608, 800), (544, 800)),
     "L2": ((800, 544), (800, 608), (800, 800), (608, 800), (544, 800)),
 }
-LONGEST = "longest"
-NAMES = (*TEMPLATES, LONGEST)
+LONGEST, BOUNDED = "longest", "bounded"
+FREE = (LONGEST, BOUNDED)
+NAMES = (*TEMPLATES, *FREE)
 BOUNDS = {3: (0.77, 1.33), 5: (0.67, 0.77, 1.33, 1.5)}  # of height / width
 
 
@@ -27,12 +29,12 @@ def groups(
 ) -> np.ndarray:
     """(N,) the group of each image, a bound belongs to the taller one; unknown: the square's.
 
-    size: of `LONGEST`, whose groups are the shapes that come out.
+    size: of `FREE` ones, whose groups are the shapes that come out.
     """
     heights, widths = np.asarray(heights), np.asarray(widths)
     known = (heights > 0) & (widths > 0)
-    if template == LONGEST:
-        h, w = _longest(size, heights, widths)
+    if template in FREE:
+        h, w = _free(template, size, heights, widths)
         return np.where(known, h * (size + 1) + w, size * (size + 2))
     aspect = np.where(known, heights, 1) / np.where(known, widths, 1)
     return np.digitize(aspect, BOUNDS[len(TEMPLATES[template])])
@@ -44,10 +46,10 @@ def shape(template: str, size: int, height: int, width: int) -> tuple[int, int]:
     size: side of the square; another than the template's own scales all of its shapes, to
     multiples of 32.
     """
-    if template == LONGEST:
+    if template in FREE:
         if height <= 0 or width <= 0:
             return size, size
-        h, w = _longest(size, np.array(height), np.array(width))
+        h, w = _free(template, size, np.array(height), np.array(width))
         return int(h), int(w)
     shapes = TEMPLATES[template]
     w, h = shapes[int(groups(template, height, width))]
@@ -63,10 +65,12 @@ def square_side(template: str) -> int:
     return shapes[len(shapes) // 2][0]
 
 
-def _longest(
-    size: int, heights: np.ndarray, widths: np.ndarray
+def _free(
+    template: str, size: int, heights: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sides of which the longer one is `size`; the other is at least 1."""
+    """Sides of which the longer one is `size`, or at most that; the other is at least 1."""
     scale = size / np.maximum(np.maximum(heights, widths), 1)
+    if template == BOUNDED:
+        scale = np.minimum(scale, 1)
     h, w = (np.rint(sides * scale).astype(np.int64) for sides in (heights, widths))
     return h.clip(1), w.clip(1)

@@ -46,7 +46,7 @@ class Views:
         """The input at scale 1 of a model whose own is `spec`."""
         if self.template == OWN:
             return replace(spec, size=self.size or spec.size)
-        if self.template in (SQUARE, templates.LONGEST):
+        if self.template in (SQUARE, *templates.FREE):
             template = "" if self.template == SQUARE else self.template
             return replace(spec, size=self.size or spec.size, template=template)
         side = self.size or templates.square_side(self.template)

@@ -63,7 +63,7 @@ class Stage:
                 f"stage {self.name}: start is {self.start}, not before its last epoch {self.last}"
             )
 
-        if self.template == templates.LONGEST:
+        if self.template in templates.FREE:
             raise ValueError(
                 f"stage {self.name}: template {self.template} is for extraction; images of "
                 "one shape are too few to train on"

@@ -3,7 +3,15 @@ from bisect import bisect_right
 import numpy as np
 import pytest
 
-from kit.data.templates import LONGEST, TEMPLATES, groups, shape, square_side
+from kit.data.templates import (
+    BOUNDED,
+    FREE,
+    LONGEST,
+    TEMPLATES,
+    groups,
+    shape,
+    square_side,
+)
 
 # (width, height) by group as the 2019 system has them, and its two sets of bounds of h / w
 PUBLISHED = {
@@ -103,9 +111,19 @@ def test_the_longest_side_is_the_size_and_the_aspect_ratio_stays():
     assert shape(LONGEST, 320, -1, -1) == (320, 320)  # unknown
 
 
-def test_images_of_one_group_have_one_longest_side_shape_and_no_others_do():
+def test_a_bounded_image_is_shrunk_where_it_is_larger_and_never_grows():
+    for height, width in [(480, 640), (640, 480), (5, 321), (3, 4000)]:
+        expected = shape(LONGEST, 320, height, width)
+        assert shape(BOUNDED, 320, height, width) == expected
+    for sides in [(100, 100), (320, 7), (1, 320), (319, 320)]:
+        assert shape(BOUNDED, 320, *sides) == sides
+    assert shape(BOUNDED, 320, -1, -1) == (320, 320)  # unknown
+
+
+@pytest.mark.parametrize("template", FREE)
+def test_images_of_one_group_have_one_shape_of_their_own_and_no_others_do(template):
     sizes = [(height, width) for height in SIDES for width in SIDES] + [(-1, -1)]
-    found = groups(LONGEST, *np.array(sizes).T, 64).tolist()
-    shapes = [shape(LONGEST, 64, *each) for each in sizes]
+    found = groups(template, *np.array(sizes).T, 64).tolist()
+    shapes = [shape(template, 64, *each) for each in sizes]
     pairs = set(zip(found, shapes, strict=True))
     assert len(pairs) == len(set(found)) == len(set(shapes)) > 20

@@ -38,6 +38,7 @@ def test_fields_of_the_parts_are_changed_by_their_names():
         ({"order": "random"}, "stage first: order 'random' is not one of shuffle"),
         ({"template": 3}, "stage first: template cannot be 3"),
         ({"template": "longest"}, "stage first: template longest is for extraction"),
+        ({"template": "bounded"}, "stage first: template bounded is for extraction"),
         ({"epochs": 0}, "stage first: epochs is 0, not at least 1"),
         ({"stop": 5}, "stage first: stop is 5, not at most 4"),
         ({"start": 4}, "stage first: start is 4, not before its last epoch 4"),
