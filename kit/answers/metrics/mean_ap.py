@@ -35,12 +35,20 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return (precision * hits).sum(axis=1) / np.minimum(positives, hits.shape[1])
 
 
-def evaluate(
+class Marked(NamedTuple):
+    """The queries that count, and where the positives of each stand in its ranking."""
+
+    queries: pd.DataFrame  # id, images, usage
+    hits: np.ndarray  # (Q, k) bool, best first
+    positives: np.ndarray  # (Q,) how many there are
+
+
+def marked(
     query_ids: Sequence[str] | np.ndarray,
     ranked: np.ndarray,
     solution: pd.DataFrame,
     k: int = 100,
-) -> Score:
+) -> Marked:
     """query_ids (Q,), ranked (Q, any) ids, best first, and a table of `read_solution`.
 
     Ignored queries do not count. An id that is answered twice counts once, at its better place.
@@ -63,7 +71,17 @@ def evaluate(
             if image in left:
                 left.remove(image)
                 places[place] = True
-    positives = np.array([len(images) for images in truth], dtype=int)
+    return Marked(asked, hits, np.array([len(images) for images in truth], dtype=int))
+
+
+def evaluate(
+    query_ids: Sequence[str] | np.ndarray,
+    ranked: np.ndarray,
+    solution: pd.DataFrame,
+    k: int = 100,
+) -> Score:
+    """mAP@k of a ranking; the arguments are those of `marked`."""
+    asked, hits, positives = marked(query_ids, ranked, solution, k)
     ap = average_precision(hits, positives)
     landmark = pd.factorize(asked["images"])[0]
     queries = asked[["id", "usage"]].assign(
