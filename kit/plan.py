@@ -28,6 +28,8 @@ class Run:
     layout: str = "gldv2"  # of `data`, see kit.data.sources
     table: str = ""  # the CSV of layout csv
     index_ids: str = ""  # file with the ids of a competition's smaller index
+    clean: str = ""  # a file like train_clean.csv, instead of the data's own
+    exclusions: str = ""  # file of images that nothing may train on
     weights: Path = Path("weights")  # folder of released ImageNet weights
     pretrained: str = "recipe"  # or other weights to start from, "" for random ones
     num_gpus: int = 1  # of each node
@@ -185,6 +187,8 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
             "lists_folder": str(run.lists),
             "continents": str(continents),
             "index_ids": run.index_ids,
+            "clean": run.clean,
+            "exclusions": run.exclusions,
             "gld_v1_classes": recipes.get(run.recipe).gld_v1_classes,
             "wanted": wanted + ["solution"] * run.holdout,
         },
@@ -195,7 +199,8 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
 
 def _inputs(run: Run, continents: Path) -> tuple[Path, ...]:
     """The small files that decide the lists: their content counts, not their path."""
-    named = [continents, *(Path(name) for name in (run.table, run.index_ids) if name)]
+    given = (run.table, run.index_ids, run.clean, run.exclusions)
+    named = [continents, *(Path(name) for name in given if name)]
     tables = [*run.data.glob("*/*.csv"), *run.data.glob("train/country/*.json")]
     return tuple(named + (sorted(tables) if run.layout == "gldv2" else []))
 

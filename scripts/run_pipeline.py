@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+FILES = ("table", "index_ids", "clean", "exclusions")  # options that name one
 
 from kit import launch, pipeline, plan
 from kit.answers import gain_table
@@ -36,6 +37,8 @@ def options() -> argparse.Namespace:
     add("--layout", default="gldv2", help="of the data: gldv2, csv or folders")
     add("--table", default="", help="layout csv: path,label[,group,split]")
     add("--index-ids", default="", help="ids of a competition's smaller index")
+    add("--clean", default="", help="a clean list like train_clean.csv, as 01 writes")
+    add("--exclusions", default="", help="images that nothing may train on: id,reason")
     add(
         "--everything",
         action="store_true",
@@ -117,6 +120,11 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def file(name: str) -> str:
+    """An absolute path, or still nothing."""
+    return str(Path(name).resolve()) if name else ""
+
+
 def setting(option: str, text: str, form: str) -> tuple[str, object]:
     """The name and the value of NAME=VALUE."""
     name, _, value = text.partition("=")
@@ -143,11 +151,10 @@ def main() -> None:
         given.data.resolve(),
         given.work.resolve(),
         layout=given.layout,
-        table=str(Path(given.table).resolve()) if given.table else "",
+        **{name: file(getattr(given, name)) for name in FILES},
         weights=given.weights.resolve(),
         pretrained=given.pretrained,
         neighbours=given.neighbours,
-        index_ids=str(Path(given.index_ids).resolve()) if given.index_ids else "",
         num_gpus=given.gpus,
         workers=given.workers,
         save_every=given.save_every,

@@ -6,13 +6,15 @@ and every kind of dropped row. Lists: `clean`, `c2x` (clean landmarks with their
 train knows), `all` (index_train and the test images), `gld_v1` (the first generation's images, with labels of
 their own). `index_train_holdout` and `all_holdout` are
 the last two without any validation query and any image of the index that validation searches:
-whatever trains or votes for an offline number is made of these.
+whatever trains or votes for an offline number is made of these. No image of an exclusion list
+(kit.data.audit) is in a list that can be trained on.
 
 Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops counted.
 """
 
+import csv
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from kit.data.sources import Facts, read_solution
 
 log = logging.getLogger(__name__)
 
+TRUTHS = ("solution.csv", "recognition.csv")  # answers of the queries
 BLOCK = 1 << 18  # rows read at a time where a list is not kept
 
 COLUMNS = {
@@ -130,17 +133,33 @@ def build(
     for name, table in tables.items():
         own = name == "gld_v1"  # labels that say nothing about countries
         country = np.repeat("", table["label"].max() + 1) if own else facts.country
-        rows = _finish(table, country, continents, shapes)
-        counts[name] = _write(
-            out, name, rows, data, facts, len(country), dropped.get(name, {}), sizes
-        )
+        blocks = _finished(table, _Places.of(country, continents), shapes)
+        about = {
+            "name": name,
+            "rows": len(table),
+            "images": int((~table["id"].duplicated()).sum()),
+            "labels": int(table.loc[table["label"] >= 0, "label"].nunique()),
+            "classes": len(country),
+            "without label": int((table["label"] < 0).sum()),
+            "unreadable headers": None,
+            "dropped": dict(dropped.get(name, {})),
+            "notes": facts.notes,
+            "sources": facts.sources,
+            "root": str(data.resolve()),
+        }
+        counts[name] = _write(out / f"{name}.csv", blocks, about, sizes)
         log.info("list %-20s %9d rows", name, counts[name])
     _remove_others(out, counts)
-    if len(facts.solution):
-        table = facts.solution.rename(columns={"usage": "Usage"})
-        with files.replacing(out / "solution.csv") as temporary:
+    for name, table in _truths(facts).items():
+        table = table.rename(columns={"usage": "Usage"})
+        with files.replacing(out / name) as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
     return counts
+
+
+def _truths(facts: Facts) -> dict[str, pd.DataFrame]:
+    found = zip(TRUTHS, (facts.solution, facts.recognition), strict=True)
+    return {name: table for name, table in found if len(table)}
 
 
 def _cut(
@@ -148,8 +167,9 @@ def _cut(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, int]]]:
     """Tables by list name, and what was dropped on the way to each, counted by reason."""
     full, index = facts.train, facts.index
-    c2x = full[full["landmark_id"].isin(set(facts.clean["landmark_id"]))]
+    c2x = full[full["label"] < facts.clean["label"].nunique()]  # clean ones come first
     known = index[index["label"] >= 0].assign(clean=1)
+    known, excluded = _allowed(known, facts.excluded)
     searched = set(index["id"])
     query = facts.query.assign(landmark_id="-1", label=-1)
     tables = {
@@ -160,7 +180,8 @@ def _cut(
         "query": query,
         "gld_v1": facts.gld_v1,
     }
-    dropped = {"c2x": {"landmark is not in the clean list": len(full) - len(c2x)}}
+    dropped = dict(facts.lost)
+    dropped["c2x"] = {"landmark is not in the clean list": len(full) - len(c2x)}
     if index_ids is not None:
         searched = _searched(facts, index_ids)
         tables["index_val"] = index[index["id"].isin(searched)]
@@ -169,7 +190,8 @@ def _cut(
     if full.empty:
         return tables, dropped
     free = known[~known["id"].isin(searched)]
-    unknown = {"index image of a place unknown to train": len(index) - len(known)}
+    unplaced = int((index["label"] < 0).sum())
+    unknown = {"index image of a place unknown to train": unplaced} | excluded
     hidden = {"index image that validation searches": len(known) - len(free)}
     if len(index):
         tables["index_train"] = pd.concat([full, known], ignore_index=True)
@@ -178,13 +200,28 @@ def _cut(
         dropped["index_train_holdout"] = unknown | hidden
     if len(facts.solution):
         tested, lost = _tested(facts)
+        tested, more = _allowed(tested, facts.excluded)
         ignored = tested[tested["label"] < 0]
         asked = {"row of a validation query": len(tested) - len(ignored)}
         tables["all"] = pd.concat([full, known, tested], ignore_index=True)
         tables["all_holdout"] = pd.concat([full, free, ignored], ignore_index=True)
+        for reason, count in more.items():
+            lost[reason] = count + excluded.get(reason, 0)
         dropped["all"] = unknown | lost
         dropped["all_holdout"] = unknown | hidden | asked  # from what is in `all`
     return tables, dropped
+
+
+def _allowed(
+    rows: pd.DataFrame, excluded: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Rows whose image is not excluded, and how many are by reason."""
+    if not excluded:
+        return rows, {}
+    reason = rows["id"].map(excluded)
+    counts = reason.value_counts().sort_index()
+    found = {f"excluded: {why}": int(count) for why, count in counts.items()}
+    return rows[reason.isna()], found
 
 
 def _first_generation(
@@ -248,31 +285,46 @@ def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
     return kept[["id", "path", "landmark_id", "label", "clean"]], lost
 
 
-def _finish(
-    table: pd.DataFrame,
-    country: np.ndarray,
-    continents: Mapping[str, str] | None,
-    shapes: pd.DataFrame | None,  # height and width by path
-) -> pd.DataFrame:
-    label = table["label"].to_numpy(dtype=np.int64)
-    place = np.append(country, "")[label]  # -1 takes the last, empty one
-    rows = pd.DataFrame(
-        {
-            "id": table["id"].to_numpy(),
-            "path": table["path"].to_numpy(),
-            "landmark_id": table["landmark_id"].to_numpy(),
-            "label": label,
-            "clean": table["clean"].to_numpy(np.int64)
-            if "clean" in table
-            else (label >= 0) * 1,
-            "country": place,
-            "continent": [(continents or {}).get(code, "") for code in place],
-        }
-    )
-    rows["height"], rows["width"] = -1, -1
-    if shapes is not None:
-        rows[["height", "width"]] = shapes.loc[rows["path"]].to_numpy()
-    return rows
+@dataclass(frozen=True)
+class _Places:
+    """What the lists say of a label besides its number."""
+
+    country: (
+        np.ndarray
+    )  # (C + 1,) code of each label; the last, empty one is label -1's
+    continent: np.ndarray  # (C + 1,)
+
+    @classmethod
+    def of(cls, country: np.ndarray, continents: Mapping[str, str] | None) -> "_Places":
+        country = np.append(country, "").astype(object)
+        continent = [(continents or {}).get(code, "") for code in country]
+        return cls(country, np.array(continent, dtype=object))
+
+
+def _finished(
+    table: pd.DataFrame, places: _Places, shapes: pd.DataFrame | None
+) -> Iterator[pd.DataFrame]:
+    """Rows with all columns, block by block. shapes: height and width by path."""
+    for start in range(0, len(table), BLOCK):
+        block = table[start : start + BLOCK]
+        label = block["label"].to_numpy(dtype=np.int64)
+        rows = pd.DataFrame(
+            {
+                "id": block["id"].to_numpy(),
+                "path": block["path"].to_numpy(),
+                "landmark_id": block["landmark_id"].to_numpy(),
+                "label": label,
+                "clean": block["clean"].to_numpy(np.int64)
+                if "clean" in block
+                else (label >= 0) * 1,
+                "country": places.country[label],
+                "continent": places.continent[label],
+            }
+        )
+        rows["height"], rows["width"] = -1, -1
+        if shapes is not None:
+            rows[["height", "width"]] = shapes.loc[rows["path"]].to_numpy()
+        yield rows
 
 
 def _sizes(tables: Mapping[str, pd.DataFrame], data: Path) -> pd.DataFrame:
@@ -300,47 +352,34 @@ def _sizes(tables: Mapping[str, pd.DataFrame], data: Path) -> pd.DataFrame:
 
 
 def _write(
-    out: Path,
-    name: str,
-    rows: pd.DataFrame,
-    data: Path,
-    facts: Facts,
-    classes: int,
-    dropped: Mapping[str, int],
-    sizes: bool,
+    path: Path, blocks: Iterable[pd.DataFrame], about: dict[str, Any], sizes: bool
 ) -> int:
-    path = out / f"{name}.csv"
-    with files.replacing(path) as temporary:
-        rows.to_csv(temporary, index=False, lineterminator="\n")
-    unreadable = int((rows["height"] < 0).sum()) if sizes else None
-    files.write_json(
-        path.with_suffix(".json"),
-        {
-            "name": name,
-            "rows": len(rows),
-            "images": int(rows["id"].nunique()),
-            "labels": int(rows.loc[rows["label"] >= 0, "label"].nunique()),
-            "classes": classes,
-            "without label": int((rows["label"] < 0).sum()),
-            "unreadable headers": unreadable,
-            "dropped": dict(dropped),
-            "notes": facts.notes,
-            "sources": facts.sources,
-            "root": str(data.resolve()),
-            "hash": files.sha256(path),
-            "kit": kit.__version__,
-        },
-    )
-    return len(rows)
+    """The CSV, then the JSON beside it; returns the number of rows."""
+    unreadable = 0
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(COLUMNS)
+        for rows in blocks:
+            lines.writerows(zip(*(rows[c].tolist() for c in COLUMNS), strict=True))
+            unreadable += int((rows["height"] < 0).sum())
+    if sizes:
+        about["unreadable headers"] = unreadable
+    made = {"hash": files.sha256(path), "kit": kit.__version__}
+    files.write_json(path.with_suffix(".json"), about | made)
+    return about["rows"]
 
 
 def _remove_others(out: Path, kept: Collection[str]) -> None:
-    """Lists and solution of an earlier build from other data."""
+    """Lists and solutions of an earlier build from other data."""
     for about in out.glob("*.json"):
         if about.stem not in kept and _is_ours(about):
             about.unlink()
             about.with_suffix(".csv").unlink(missing_ok=True)
-    (out / "solution.csv").unlink(missing_ok=True)
+    for name in TRUTHS:
+        (out / name).unlink(missing_ok=True)
 
 
 def _is_ours(about: Path) -> bool:

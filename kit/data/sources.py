@@ -9,9 +9,10 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +24,8 @@ from kit.data.readers import open_reader
 SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")
 PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
+BLOCK = 1 << 18  # rows of a CSV read at a time
+NONE: Mapping[str, str] = MappingProxyType({})
 OTHER = "OTHER"  # the country of a landmark in no country file
 
 
@@ -32,7 +35,8 @@ class Facts:
 
     `train` and `clean` have id, path, landmark_id, label, clean; `index` has id, path, landmark_id,
     label (-1 where train does not know the place); `query` has id and path; `solution` has id,
-    images (ids with spaces between them) and usage.
+    images (ids with spaces between them) and usage; `recognition` has id, landmarks (of train, with
+    spaces between them, empty where none is shown) and usage.
     """
 
     train: pd.DataFrame
@@ -46,43 +50,73 @@ class Facts:
     gld_v1: pd.DataFrame = field(  # id, path, landmark_id: the first generation's own
         default_factory=lambda: _empty("id", "path", "landmark_id")
     )
+    recognition: pd.DataFrame = field(
+        default_factory=lambda: _empty("id", "landmarks", "usage")
+    )
+    excluded: Mapping[str, str] = field(default_factory=dict)  # id -> why
+    # of train's images, that stand in no table any more: list -> reason -> how many
+    lost: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
-    """A CSV as text: an id stays one though it looks like a number, `NA` stays a word."""
+def read_csv(
+    path: Path, columns: Iterable[str], optional: Collection[str] = ()
+) -> pd.DataFrame:
+    """Columns of a CSV as text: an id stays one though it looks like a number, `NA` a word.
+
+    optional: columns that come along where they are there. Others are read, so that a line of
+    another length is noticed, and not kept: addresses weigh more than all ids.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    columns = list(columns)
+    parts = []
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with pd.read_csv(
+            path, dtype=str, keep_default_na=False, chunksize=BLOCK
+        ) as blocks:
+            for block in blocks:
+                _refuse_other_columns(path, block, columns)
+                kept = [n for n in block.columns if n in columns or n in optional]
+                parts.append(block[kept])
     except (
         pd.errors.ParserError,
         pd.errors.EmptyDataError,
         UnicodeDecodeError,
     ) as error:
         raise ValueError(f"{path}: not a CSV file ({str(error).strip()})") from None
-    if table.index.dtype != np.int64:  # pandas made the first column its index
+    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+
+
+def _refuse_other_columns(
+    path: Path, block: pd.DataFrame, columns: Sequence[str]
+) -> None:
+    if block.index.dtype != np.int64:  # pandas made the first column its index
         raise ValueError(
             f"{path}: not a CSV file (its lines are longer than the header)"
         )
-    missing = [name for name in columns if name not in table.columns]
+    missing = [name for name in columns if name not in block.columns]
     if missing:
         raise ValueError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(block.columns)}"
         )
-    return table
 
 
 def read_solution(path: Path) -> pd.DataFrame:
     """id, images (ids with spaces between them, empty where ignored), usage."""
     table = read_csv(path, ("id", "images", "Usage"))
     table = table[["id", "images", "Usage"]].rename(columns={"Usage": "usage"})
-    unknown = set(table["usage"]) - {"Public", "Private", "Ignored"}
-    if unknown:
-        raise ValueError(
-            f"{path}: Usage {min(unknown)!r} is not Public, Private or Ignored"
-        )
+    _refuse_strange_usage(table, path)
     _refuse_repeats(table["id"], path)
     table.loc[table["usage"] == "Ignored", "images"] = ""
+    return table
+
+
+def read_recognition(path: Path) -> pd.DataFrame:
+    """id, landmarks (of train, with spaces between them; empty where none is shown), usage."""
+    table = read_csv(path, ("id", "landmarks", "Usage"))
+    table = table[["id", "landmarks", "Usage"]].rename(columns={"Usage": "usage"})
+    _refuse_strange_usage(table, path)
+    _refuse_repeats(table["id"], path)
     return table
 
 
@@ -117,10 +151,22 @@ def category_name(text: str) -> str:
     return unquote(text.rpartition("Category:")[2]).replace("_", " ").strip()
 
 
-def read(data: Path, layout: str = "gldv2", table: str = "") -> Facts:
-    """layout: `gldv2` (official CSVs), `csv` (`table`: path,label[,group,split]) or `folders`."""
+def read(
+    data: Path,
+    layout: str = "gldv2",
+    table: str = "",
+    *,
+    clean: Path | None = None,
+    excluded: Mapping[str, str] | None = None,
+    there: bool = True,
+) -> Facts:
+    """layout: `gldv2` (official CSVs), `csv` (`table`: path,label[,group,split]) or `folders`.
+
+    clean: another clean list, landmark_id,images, instead of the data's own. excluded: id -> why of
+    images that nothing may train on. there: of gldv2, refuse a folder without the images.
+    """
     readers = {
-        "gldv2": lambda: official(data),
+        "gldv2": lambda: official(data, clean, excluded or {}, there),
         "csv": lambda: from_csv(Path(table), data),
         "folders": lambda: from_folders(data),
     }
@@ -128,15 +174,24 @@ def read(data: Path, layout: str = "gldv2", table: str = "") -> Facts:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(readers)}")
     if layout == "csv" and not table:
         raise ValueError("layout csv needs a table: the file path,label[,group,split]")
-    return readers[layout]()
+    facts = readers[layout]()
+    if layout != "gldv2" and (clean or excluded):
+        facts = _recut(facts, clean, excluded or {})
+    return facts
 
 
-def official(data: Path) -> Facts:
+def official(
+    data: Path,
+    cleaned: Path | None = None,
+    excluded: Mapping[str, str] = NONE,
+    there: bool = True,
+) -> Facts:
     """A folder in GLDv2's layout, GLD-v1 in gld_v1/ beside it; what is missing gives empty tables."""
     sources: dict[str, int] = {}
     notes: dict[str, int] = {}
+    lost: dict[str, dict[str, int]] = {}
 
-    def table(name: str, *columns: str) -> pd.DataFrame:
+    def table(name: str | Path, *columns: str) -> pd.DataFrame:
         found = read_csv(data / name, columns)
         if found.empty:
             raise ValueError(f"{data / name}: no rows")
@@ -144,7 +199,7 @@ def official(data: Path) -> Facts:
             if (gap := found[column] == "").any():
                 line = int(gap.idxmax()) + 2
                 raise ValueError(f"{data / name}: line {line} has no {column}")
-        sources[name] = len(found)
+        sources[str(name)] = len(found)
         return found
 
     if not any((data / split).is_dir() for split in ("train", "index", "test")):
@@ -154,14 +209,20 @@ def official(data: Path) -> Facts:
     train = clean = _empty("id", "path", "landmark_id", "label", "clean")
     index = _empty("id", "path", "landmark_id", "label")
     query, solution = _empty("id", "path"), _empty("id", "images", "usage")
+    recognition = _empty("id", "landmarks", "usage")
     landmarks = pd.Index([], dtype=object)  # landmark_id of each label
     names: dict[str, int] = {}  # category -> label
     if (data / "train").is_dir():
-        train, clean, landmarks = _official_train(
-            table("train/train.csv", "id", "landmark_id"),
-            table("train/train_clean.csv", "landmark_id", "images"),
-            data,
+        train = table("train/train.csv", "id", "landmark_id")
+        _refuse_repeats(train["id"], data / "train/train.csv")
+        train["path"] = _paths(train["id"], "train", data / "train/train.csv")
+        source = cleaned or data / "train/train_clean.csv"
+        clean = _clean_rows(
+            table(cleaned or "train/train_clean.csv", "landmark_id", "images"), source
         )
+        clean["path"] = _paths(clean["id"], "train", source)
+        train, clean, lost = _without(train, clean, excluded)
+        train, clean, landmarks = _labelled(train, clean)
         categories = table(
             "train/train_label_to_category.csv", "landmark_id", "category"
         )
@@ -181,12 +242,16 @@ def official(data: Path) -> Facts:
         if (data / "test/retrieval_solution_v2.1.csv").exists():
             solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
             sources["test/retrieval_solution_v2.1.csv"] = len(solution)
+        if (data / "test/recognition_solution_v2.1.csv").exists():
+            recognition = read_recognition(data / "test/recognition_solution_v2.1.csv")
+            sources["test/recognition_solution_v2.1.csv"] = len(recognition)
     country = _countries(data / "train/country", landmarks, notes)
-    for rows in (train, index, query):
+    for rows in (train, index, query) if there else ():
         _refuse_wrong_root(rows, data)
     everything = pd.concat([train["id"], index["id"], query["id"]], ignore_index=True)
     _refuse_repeats(everything, data)  # one image in two splits would leak
     facts = Facts(train, clean, index, query, solution, country, sources, notes)
+    facts.recognition, facts.excluded, facts.lost = recognition, excluded, lost
     if (data / "gld_v1").is_dir():
         first = table("gld_v1/train.csv", "id", "landmark_id")
         facts.gld_v1 = _first_generation(first, data / "gld_v1/train.csv")
@@ -245,31 +310,86 @@ def _first_generation(train: pd.DataFrame, source: Path) -> pd.DataFrame:
     return train[["id", "landmark_id"]].assign(path=paths)
 
 
-def _official_train(
-    train: pd.DataFrame, clean: pd.DataFrame, data: Path
+def _clean_rows(table: pd.DataFrame, source: Path) -> pd.DataFrame:
+    """landmark_id, images -> id and landmark_id of each image, in file order."""
+    _refuse_repeats(table["landmark_id"], source)
+    rows = table.assign(id=table["images"].str.split())
+    rows = rows.explode("id", ignore_index=True)[["id", "landmark_id"]]
+    if rows["id"].isna().any():  # nothing but spaces
+        landmark = rows.loc[rows["id"].isna(), "landmark_id"].iloc[0]
+        raise ValueError(f"{source}: landmark {landmark} has no images")
+    _refuse_repeats(rows["id"], source)
+    return rows
+
+
+def _without(
+    train: pd.DataFrame, clean: pd.DataFrame, excluded: Mapping[str, str]
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, dict[str, int]]]:
+    """Train and clean without excluded images, and how many each has lost by reason."""
+    if not excluded:
+        return train, clean, {}
+    kept, lost = {}, {}
+    for name, rows in (("full", train), ("clean", clean)):
+        reason = rows["id"].map(excluded)
+        counts = reason.value_counts().sort_index()
+        lost[name] = {f"excluded: {why}": int(n) for why, n in counts.items()}
+        kept[name] = rows[reason.isna()].reset_index(drop=True)
+    if kept["full"].empty:
+        raise ValueError("every image of train is excluded")
+    return kept["full"], kept["clean"], lost
+
+
+def _labelled(
+    train: pd.DataFrame, clean: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.Index]:
-    """train.csv, train_clean.csv -> rows of train, rows of clean, landmarks by label."""
-    _refuse_repeats(clean["landmark_id"], data / "train/train_clean.csv")
-    landmarks = pd.Index(clean["landmark_id"]).append(
-        pd.Index(train["landmark_id"])
-        .unique()
-        .difference(clean["landmark_id"], sort=False)
-    )
-    rows = clean.assign(
-        id=clean["images"].str.split(), label=np.arange(len(clean), dtype=np.int64)
-    )
-    rows = rows.explode("id", ignore_index=True)[["id", "landmark_id", "label"]]
-    rows["clean"] = 1
-    _refuse_repeats(rows["id"], data / "train/train_clean.csv")
-    rows["path"] = _paths(rows["id"], "train", data / "train/train_clean.csv")
-    _refuse_repeats(train["id"], data / "train/train.csv")
-    train = train[["id", "landmark_id"]].copy()
-    train["path"] = _paths(train["id"], "train", data / "train/train.csv")
+    """Labels, clean landmarks first in file order, and which rows of train are clean.
+
+    Returns both tables and the landmarks by label.
+    """
+    first = pd.Index(clean["landmark_id"]).unique()
+    others = pd.Index(train["landmark_id"]).unique().difference(first, sort=False)
+    landmarks = first.append(others)
+    clean["label"] = landmarks.get_indexer(clean["landmark_id"])
+    clean["clean"] = 1
     train["label"] = landmarks.get_indexer(train["landmark_id"])
     # clean only under the landmark that the clean list names, not under another one
-    trusted = pd.Series(rows["label"].to_numpy(), index=rows["id"])
-    train["clean"] = (train["id"].map(trusted) == train["label"]).astype(np.int64)
-    return train, rows, landmarks
+    at = pd.Index(clean["id"]).get_indexer(train["id"])
+    trusted = np.append(clean["label"].to_numpy(), -1)[at]
+    train["clean"] = (trusted == train["label"].to_numpy()).astype(np.int64)
+    return train, clean, landmarks
+
+
+def _recut(facts: Facts, cleaned: Path | None, excluded: Mapping[str, str]) -> Facts:
+    """Facts of another layout with another clean list, or without excluded images.
+
+    Labels change with it: clean landmarks come first here, too.
+    """
+    train = facts.train[["id", "path", "landmark_id"]]
+    clean = facts.clean[["id", "path", "landmark_id"]]
+    if cleaned is not None:
+        table = read_csv(cleaned, ("landmark_id", "images"))
+        clean = _clean_rows(table, cleaned)
+        at = pd.Index(train["id"]).get_indexer(clean["id"])
+        if (at < 0).any():
+            strange = clean["id"][at < 0].iloc[0]
+            raise ValueError(f"{cleaned}: {strange} is not an image of train")
+        clean["path"] = train["path"].to_numpy()[at]
+    groups = dict(
+        zip(facts.train["label"], facts.train["landmark_id"], strict=True)
+    )  # label -> landmark, before
+    country = {groups[label]: name for label, name in enumerate(facts.country)}
+    train, clean, lost = _without(train.copy(), clean.copy(), excluded)
+    train, clean, landmarks = _labelled(train, clean)
+    label = pd.Index(landmarks).get_indexer(facts.index["landmark_id"])
+    return replace(
+        facts,
+        train=train,
+        clean=clean,
+        index=facts.index.assign(label=label),
+        country=np.array([country[each] for each in landmarks], dtype=object),
+        excluded=excluded,
+        lost=lost,
+    )
 
 
 def _labels_by_name(
@@ -338,7 +458,7 @@ def from_csv(path: Path, root: Path) -> Facts:
     split is train (where absent), index or query; a label may be empty in index (a distractor);
     group plays the country. Every third query is Public, the others Private.
     """
-    table = read_csv(path, ("path", "label"))
+    table = read_csv(path, ("path", "label"), ("group", "split"))
     for name, default in (("group", OTHER), ("split", "train")):
         if name not in table:
             table[name] = default
@@ -431,9 +551,26 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
         f"{source.name} ({split})": int((table["split"] == split).sum())
         for split in SPLITS
     }
-    return Facts(
+    known = pd.Index(names).get_indexer(query["label"]) >= 0
+    recognition = pd.DataFrame(
+        {
+            "id": query["id"],
+            "landmarks": np.where(known, query["label"], ""),
+            "usage": usage,
+        }
+    )
+    facts = Facts(
         train, clean, index, query[["id", "path"]], solution, groups, sources, {}
     )
+    return replace(facts, recognition=recognition)
+
+
+def _refuse_strange_usage(table: pd.DataFrame, path: Path) -> None:
+    unknown = set(table["usage"]) - {"Public", "Private", "Ignored"}
+    if unknown:
+        raise ValueError(
+            f"{path}: Usage {min(unknown)!r} is not Public, Private or Ignored"
+        )
 
 
 def _empty(*columns: str) -> pd.DataFrame:
@@ -447,23 +584,12 @@ def _empty(*columns: str) -> pd.DataFrame:
 
 def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
     """split/a/b/c/<id>.jpg; an id that is not sixteen hex digits is refused, it names a file."""
-    wrong = ~ids.str.fullmatch(ID)
-    if wrong.any():
-        raise ValueError(
-            f"{source}: {ids[wrong].iloc[0]!r} is not an id of 16 hex digits"
-        )
-    return (
-        split
-        + "/"
-        + ids.str[0]
-        + "/"
-        + ids.str[1]
-        + "/"
-        + ids.str[2]
-        + "/"
-        + ids
-        + ".jpg"
-    )
+    names = ids.tolist()
+    wrong = next((name for name in names if not ID.fullmatch(name)), None)
+    if wrong is not None:
+        raise ValueError(f"{source}: {wrong!r} is not an id of 16 hex digits")
+    found = [f"{split}/{name[0]}/{name[1]}/{name[2]}/{name}.jpg" for name in names]
+    return pd.Series(found, ids.index, dtype=ids.dtype)
 
 
 def _refuse_repeats(ids: pd.Series, source: Path) -> None:

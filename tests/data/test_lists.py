@@ -654,18 +654,19 @@ def test_facts_without_any_row_are_refused(gldv2, out):
 
 def test_a_disk_that_fills_up_leaves_no_half_list(gldv2, out, monkeypatch):
     build(gldv2, out)
-    calls, whole = [], pd.DataFrame.to_csv
+    calls, whole = [], lists._finished
 
-    def fail_at_the_third(table, path, **options):
-        calls.append(path)
-        whole(table, path, **options)
-        if len(calls) == 3:
-            path.write_bytes(path.read_bytes()[:50])
-            raise OSError(28, "No space left on device")
+    def fail_at_the_third(*arguments):
+        calls.append(arguments)
+        for block in whole(*arguments):
+            if len(calls) == 3:
+                yield block[:2]
+                raise OSError(28, "No space left on device")
+            yield block
 
     path = gldv2 / "train/train_clean.csv"
     path.write_text(path.read_text().replace("30,aaaa000000000006 ", "30,"))
-    monkeypatch.setattr(pd.DataFrame, "to_csv", fail_at_the_third)
+    monkeypatch.setattr(lists, "_finished", fail_at_the_third)
     with pytest.raises(OSError, match="No space left"):
         build(gldv2, out)
     assert len(calls) == 3
@@ -752,3 +753,40 @@ def test_data_without_the_first_generation_give_no_such_list(gldv2, tmp_path):
     facts = sources.official(gldv2)
     with pytest.raises(ValueError, match="gives no list gld_v1"):
         lists.build(facts, gldv2, tmp_path, wanted=["gld_v1"])
+
+
+def test_excluded_images_are_in_no_list_to_train_on_and_counted_in_each(gldv2, out):
+    build(gldv2, out)
+    before = {name: lists.load(out, name).rows["id"] for name in EVERY}
+    excluded = {
+        "aaaa000000000006": "near-duplicate",
+        "bbbb000000000002": "near-duplicate",  # of the index, and known to train
+        "0000000000054321": "landmark of rparis",  # of the queries
+    }
+    facts = sources.read(gldv2, excluded=excluded)
+    lists.build(facts, gldv2, out, sizes=False)
+    for name in EVERY:
+        now = lists.load(out, name).rows["id"].tolist()
+        if name in ("index", "query"):
+            assert now == before[name].tolist()
+            continue
+        assert now == before[name][~before[name].isin(excluded)].tolist(), name
+        told = facts_of(out / f"{name}.csv")["dropped"]
+        lost = before[name].map(excluded).value_counts()
+        if name in ("clean", "full"):
+            assert told == {f"excluded: {why}": n for why, n in lost.items()}
+    told = facts_of(out / "all.csv")["dropped"]
+    assert told["excluded: near-duplicate"] == 1  # of what full does not have
+    assert told["excluded: landmark of rparis"] == 1
+
+
+def test_both_truths_are_written_beside_the_lists(gldv2, out):
+    path = gldv2 / "test/recognition_solution_v2.1.csv"
+    path.write_text("id,landmarks,Usage\ncccc000000000001,10 0020,Private\n")
+    build(gldv2, out)
+    assert (out / "recognition.csv").read_text() == path.read_text()
+    table = sources.read_recognition(out / "recognition.csv")
+    assert table["landmarks"].tolist() == ["10 0020"]
+    path.unlink()
+    build(gldv2, out)
+    assert not (out / "recognition.csv").exists() and (out / "solution.csv").exists()

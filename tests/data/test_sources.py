@@ -715,3 +715,143 @@ def test_the_counts_of_all_of_gldv2_are_those_of_its_paper():
     assert whole["train"] == {"images": 4_132_914, "landmarks": 203_094}
     assert whole["clean"] == {"images": 1_580_470, "landmarks": 81_313}
     assert (whole["index"], whole["test"]) == (761_757, 117_577)
+
+
+# Another clean list, and images that are excluded
+
+
+@pytest.fixture
+def cleaned(tmp_path):
+    """A clean list of two landmarks that the official one has in another order, or not at all."""
+    path = tmp_path / "cleaned.csv"
+    path.write_text(
+        "landmark_id,images\n20,aaaa000000000008\n"
+        "10,aaaa000000000002 123456789012e345 aaaa000000000005\n"
+    )
+    return path
+
+
+def test_another_clean_list_decides_labels_and_what_is_clean(gldv2, cleaned):
+    facts = sources.read(gldv2, clean=cleaned)
+    assert facts.clean["id"].tolist() == [
+        *("aaaa000000000008", "aaaa000000000002"),
+        *("123456789012e345", "aaaa000000000005"),
+    ]
+    assert facts.clean["label"].tolist() == [0, 1, 1, 1]
+    label = dict(zip(facts.train["landmark_id"], facts.train["label"], strict=True))
+    # the clean ones first, the others in the order in which train names them
+    assert label == {"20": 0, "10": 1, "99": 2, "30": 3, "None": 4, "0020": 5, "1e5": 6}
+    own = facts.train.set_index("id")["clean"]
+    assert own[own == 1].index.tolist() == [
+        *("123456789012e345", "aaaa000000000002"),
+        *("aaaa000000000005", "aaaa000000000008"),
+    ]
+    assert facts.country[1] == sources.read(gldv2).country[1]  # 10's, both times
+    index = facts.index.set_index("id")["label"]
+    assert index["bbbb000000000002"] == 1  # by its name: Château d'If, landmark 10
+
+
+def test_excluded_images_are_in_no_table_of_train_and_leave_no_hole_in_the_labels(
+    gldv2,
+):
+    whole = sources.read(gldv2)
+    excluded = {
+        "1234567890123456": "near-duplicate",  # all of landmark 0020
+        "aaaa000000000006": "near-duplicate",
+        "aaaa000000000008": "landmark of roxford",  # all of landmark 20, not clean
+        "bbbb000000000001": "near-duplicate",  # of the index
+    }
+    facts = sources.read(gldv2, excluded=excluded)
+    for name in ("train", "clean"):
+        before, after = getattr(whole, name), getattr(facts, name)
+        kept = before.loc[~before["id"].isin(excluded), "id"]
+        assert after["id"].tolist() == kept.tolist()
+        assert after.index.tolist() == list(range(len(after)))
+    labels = facts.train["label"]
+    assert sorted(labels.unique()) == list(range(len(facts.country)))
+    assert len(facts.country) == len(whole.country) - 2
+    assert len(facts.index) == len(whole.index)  # it is searched all the same
+    assert facts.lost == {
+        "full": {"excluded: landmark of roxford": 1, "excluded: near-duplicate": 2},
+        "clean": {"excluded: near-duplicate": 2},
+    }
+    everything = dict.fromkeys(whole.train["id"], "all")
+    with pytest.raises(ValueError, match="^every image of train is excluded$"):
+        sources.read(gldv2, excluded=everything)
+
+
+def test_other_layouts_take_a_clean_list_and_exclusions_too(classes, tmp_path):
+    root = classes("a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg", "c/0.jpg", "c/1.jpg")
+    whole = sources.read(root, "folders")
+    names = whole.train.set_index("path")["id"]
+    path = tmp_path / "cleaned.csv"
+    path.write_text(f"landmark_id,images\nb,{names['b/1.jpg']}\na,{names['a/0.jpg']}\n")
+    facts = sources.read(
+        root, "folders", clean=path, excluded={names["b/0.jpg"]: "near-duplicate"}
+    )
+    assert facts.clean["path"].tolist() == ["b/1.jpg", "a/0.jpg"]
+    assert facts.clean["label"].tolist() == [0, 1]
+    rows = facts.train[["path", "label", "clean"]].to_numpy().tolist()
+    assert rows == [["a/0.jpg", 1, 1], ["a/1.jpg", 1, 0], ["b/1.jpg", 0, 1]]
+    assert facts.lost["full"] == {"excluded: near-duplicate": 1}
+    path.write_text(f"landmark_id,images\nb,{'f' * 16}\n")
+    with pytest.raises(ValueError, match=f"{'f' * 16} is not an image of train"):
+        sources.read(root, "folders", clean=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("landmark_id,images\n10,aaaa\n", "'aaaa' is not an id of 16 hex digits"),
+        ("landmark_id,images\n10,  \n", "landmark 10 has no images"),
+        ("landmark_id,images\n10,\n", "line 2 has no images"),
+        ("landmark_id\n10\n", "no column images; it has landmark_id"),
+        (f"landmark_id,images\n1,{'a' * 16}\n1,{'b' * 16}\n", "1 stands there more"),
+    ],
+)
+def test_a_clean_list_that_is_none_is_refused(gldv2, tmp_path, text, message):
+    path = tmp_path / "cleaned.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        sources.read(gldv2, clean=path)
+    assert str(path) in refused(error, ValueError)
+
+
+def test_tables_can_be_read_before_the_images_are_there(gldv2):
+    for picture in gldv2.rglob("*.jpg"):
+        picture.unlink()
+    with pytest.raises(FileNotFoundError, match="are not there"):
+        sources.read(gldv2)
+    assert len(sources.read(gldv2, there=False).train) == 11
+
+
+# Recognition
+
+
+def test_the_landmarks_that_queries_show_are_read(gldv2):
+    assert sources.read(gldv2).recognition.empty
+    path = gldv2 / "test/recognition_solution_v2.1.csv"
+    path.write_text(
+        "id,landmarks,Usage\ncccc000000000001,10 0020,Private\n0000000000054321,,Public\n"
+    )
+    facts = sources.read(gldv2)
+    assert facts.recognition.to_numpy().tolist() == [
+        ["cccc000000000001", "10 0020", "Private"],
+        ["0000000000054321", "", "Public"],
+    ]
+    assert list(facts.recognition.columns) == ["id", "landmarks", "usage"]
+    assert facts.sources["test/recognition_solution_v2.1.csv"] == 2
+    path.write_text("id,landmarks,Usage\ncccc000000000001,10,Secret\n")
+    with pytest.raises(ValueError, match="Usage 'Secret' is not Public, Private or"):
+        sources.read(gldv2)
+    path.write_text("id,landmarks,Usage\na,1,Public\na,1,Public\n")
+    with pytest.raises(ValueError, match="a stands there more than once"):
+        sources.read(gldv2)
+
+
+def test_a_query_of_a_place_that_train_does_not_have_shows_no_landmark(classes):
+    names = [f"{c}/{n}.jpg" for c in "abcdef" for n in range(4)]
+    facts = sources.read(classes(*names), "folders")
+    assert facts.recognition["id"].tolist() == facts.query["id"].tolist()
+    assert facts.recognition["landmarks"].tolist() == ["", ""]  # c and f are held out
+    assert set(facts.recognition["usage"]) == {"Public", "Private"}
