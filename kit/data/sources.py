@@ -83,7 +83,7 @@ def read_csv(
         pd.errors.EmptyDataError,
         UnicodeDecodeError,
     ) as error:
-        raise ValueError(f"{path}: not a CSV file ({str(error).strip()})") from None
+        raise ValueError(f"{path}: not a CSV file ({in_a_line(error)})") from None
     return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
 
 
@@ -97,8 +97,15 @@ def _refuse_other_columns(
     missing = [name for name in columns if name not in block.columns]
     if missing:
         raise ValueError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(block.columns)}"
+            f"{path}: no column {', '.join(missing)}; it has "
+            + in_a_line(", ".join(block.columns))
         )
+
+
+def in_a_line(what: object, most: int = 100) -> str:
+    """Something out of a file, for a message: spaces instead of line ends, and not too long."""
+    text = " ".join(str(what).split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_solution(path: Path) -> pd.DataFrame:
@@ -317,7 +324,7 @@ def _clean_rows(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     rows = rows.explode("id", ignore_index=True)[["id", "landmark_id"]]
     if rows["id"].isna().any():  # nothing but spaces
         landmark = rows.loc[rows["id"].isna(), "landmark_id"].iloc[0]
-        raise ValueError(f"{source}: landmark {landmark} has no images")
+        raise ValueError(f"{source}: landmark {in_a_line(landmark)} has no images")
     _refuse_repeats(rows["id"], source)
     return rows
 
@@ -372,7 +379,9 @@ def _recut(facts: Facts, cleaned: Path | None, excluded: Mapping[str, str]) -> F
         at = pd.Index(train["id"]).get_indexer(clean["id"])
         if (at < 0).any():
             strange = clean["id"][at < 0].iloc[0]
-            raise ValueError(f"{cleaned}: {strange} is not an image of train")
+            raise ValueError(
+                f"{cleaned}: {in_a_line(strange)} is not an image of train"
+            )
         clean["path"] = train["path"].to_numpy()[at]
     groups = dict(
         zip(facts.train["label"], facts.train["landmark_id"], strict=True)
@@ -440,7 +449,7 @@ def _countries(folder: Path, landmarks: pd.Index, notes: dict[str, int]) -> np.n
             ]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path}: not a list of landmarks with an id ({error})"
+                f"{path}: not a list of landmarks with an id ({in_a_line(error)})"
             ) from None
         labels = landmarks.get_indexer(members)
         labels = np.unique(labels[labels >= 0])
@@ -465,7 +474,7 @@ def from_csv(path: Path, root: Path) -> Facts:
     strange = table.loc[~table["split"].isin(SPLITS), "split"]
     if len(strange):
         raise ValueError(
-            f"{path}: split {strange.iloc[0]!r} is not one of {', '.join(SPLITS)}"
+            f"{path}: split {in_a_line(strange.iloc[0])!r} is not one of {', '.join(SPLITS)}"
         )
     nameless = (table["label"] == "") & (table["split"] == "train")
     if nameless.any():
@@ -515,7 +524,9 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     paths = table["path"].map(posixpath.normpath)  # one photo has one spelling
     foreign = paths[paths.str.startswith(("/", ".."))]
     if len(foreign):
-        raise ValueError(f"{source}: {foreign.iloc[0]} is not a path inside {root}")
+        raise ValueError(
+            f"{source}: {in_a_line(foreign.iloc[0])} is not a path inside {root}"
+        )
     table = table.assign(path=paths)
     _refuse_repeats(paths, source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
@@ -569,7 +580,7 @@ def _refuse_strange_usage(table: pd.DataFrame, path: Path) -> None:
     unknown = set(table["usage"]) - {"Public", "Private", "Ignored"}
     if unknown:
         raise ValueError(
-            f"{path}: Usage {min(unknown)!r} is not Public, Private or Ignored"
+            f"{path}: Usage {in_a_line(min(unknown))!r} is not Public, Private or Ignored"
         )
 
 
@@ -587,7 +598,9 @@ def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
     names = ids.tolist()
     wrong = next((name for name in names if not ID.fullmatch(name)), None)
     if wrong is not None:
-        raise ValueError(f"{source}: {wrong!r} is not an id of 16 hex digits")
+        raise ValueError(
+            f"{source}: {in_a_line(wrong)!r} is not an id of 16 hex digits"
+        )
     found = [f"{split}/{name[0]}/{name[1]}/{name[2]}/{name}.jpg" for name in names]
     return pd.Series(found, ids.index, dtype=ids.dtype)
 
@@ -595,7 +608,8 @@ def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
 def _refuse_repeats(ids: pd.Series, source: Path) -> None:
     repeated = ids[ids.duplicated()]
     if len(repeated):
-        raise ValueError(f"{source}: {repeated.iloc[0]} stands there more than once")
+        first = in_a_line(repeated.iloc[0])
+        raise ValueError(f"{source}: {first} stands there more than once")
 
 
 def _refuse_wrong_root(rows: pd.DataFrame, data: Path) -> None:
