@@ -60,22 +60,24 @@ def predict(
     """
     order.check(scores, labels)
     blocks = zip(scores.split(VOTERS), labels.split(VOTERS), strict=True)
-    found = [_predict(near, named, worth) for near, named in blocks]
+    found = [elect(worth(near.double()), named) for near, named in blocks]
     names, sums = zip(*found, strict=True)
-    return Predictions(torch.cat(names), torch.cat(sums))
+    return Predictions(torch.cat(names), torch.cat(sums).float())
 
 
-def _predict(
-    scores: Tensor, labels: Tensor, worth: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    votes = worth(scores.double())
+def elect(votes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Worths (n, K) float64 of votes for labels (n, K), the nearer reference first -> the label of
+    the largest sum (n,) and that sum (n,) float64; of equal sums that of the nearer reference.
+
+    Labels below 0 do not vote; who has no voter has label -1 and sum -inf.
+    """
     same = labels[:, :, None] == labels[:, None, :]
     sums = torch.where(same, votes[:, None, :], 0.0).sum(dim=2)
     sums = sums.masked_fill(labels < 0, -torch.inf)
     best = (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     sums = sums.gather(1, best)[:, 0]
     names = labels.gather(1, best)[:, 0]
-    return names.masked_fill(torch.isneginf(sums), order.ABSENT), sums.float()
+    return names.masked_fill(torch.isneginf(sums), order.ABSENT), sums
 
 
 def sort_insert(

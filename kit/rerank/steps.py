@@ -310,19 +310,19 @@ STEPS: dict[str, type[Step]] = {
 }
 
 
-def build(values: Mapping[str, Any]) -> Step:
+def build(values: Mapping[str, Any], among: Mapping[str, type[Step]] = STEPS) -> Step:
     """{"step": name, ...} as JSON has it -> the step; unknown names are refused with a list."""
     given = dict(values)
     name = given.pop("step", None)
-    if name not in STEPS:
-        raise ValueError(f"step {name!r} is not one of {', '.join(STEPS)}")
+    if name not in among:
+        raise ValueError(f"step {name!r} is not one of {', '.join(among)}")
     try:
-        return config.from_dict(STEPS[name], given)
+        return config.from_dict(among[name], given)
     except ValueError as error:
         said = str(error)
-        known = ", ".join(each.name for each in fields(STEPS[name]))
+        known = ", ".join(each.name for each in fields(among[name]))
         if "has no field" in said:
             said = (
-                f"step {name}{said.removeprefix(STEPS[name].__name__)}; fields: {known}"
+                f"step {name}{said.removeprefix(among[name].__name__)}; fields: {known}"
             )
         raise ValueError(said) from None
