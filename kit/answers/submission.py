@@ -1,13 +1,21 @@
-"""submission.csv for retrieval: `id,images`, at most 100 index ids a query, best first."""
+"""submission.csv: `id,images` for retrieval, at most 100 index ids a query, best first; `id,landmarks`
+for recognition, a landmark_id and a score or nothing.
+"""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Container, Iterable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from kit import files
 from kit.data.sources import read_csv
+
+Table = pd.DataFrame
+PREDICTIONS = ["id", "landmark", "confidence"]  # columns of a table of them
 
 
 class Form(NamedTuple):
@@ -18,6 +26,7 @@ class Form(NamedTuple):
 
 
 FORM = Form()
+LANDMARKS = Form(("id", "landmarks"), 1)  # those of Google Landmark Recognition
 
 
 def write(
@@ -44,16 +53,57 @@ def write(
     return path
 
 
+def write_landmarks(
+    path: Path,
+    predictions: Table,
+    asked: Iterable[str],
+    landmarks: Container[str] | None = None,
+    form: Form = LANDMARKS,
+) -> Path:
+    """predictions: id, landmark ("": none) and confidence of some of the queries that are asked.
+
+    The others get an empty line. The file is checked before it replaces an older one.
+    """
+    asked = list(asked)
+    answers = dict.fromkeys(asked, "")
+    rows = zip(*(predictions[name] for name in PREDICTIONS), strict=True)
+    for query, landmark, confidence in rows:
+        if query not in answers:
+            raise ValueError(f"{query} is no query that is asked")
+        if answers[query]:
+            raise ValueError(f"query {query} has more than one prediction")
+        # the shortest text that reads back as the same number, so no two scores become one
+        answers[query] = f"{landmark} {float(confidence)!r}" if landmark else ""
+    with files.replacing(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(f"{','.join(form.columns)}\n")
+            file.writelines(f"{query},{answer}\n" for query, answer in answers.items())
+        check_landmarks(temporary, asked, landmarks, form)
+    return path
+
+
 def read(path: Path, form: Form = FORM) -> dict[str, list[str]]:
     """Query id -> ranked index ids."""
-    query, images = form.columns
-    table = read_csv(path, form.columns)
-    repeated = table.loc[table[query].duplicated(), query]
-    if len(repeated):
-        raise ValueError(
-            f"{path}: query {repeated.iloc[0]} stands there more than once"
-        )
-    return dict(zip(table[query], table[images].str.split(), strict=True))
+    answers = _read(path, form)
+    return {query: answer.split() for query, answer in answers.items()}
+
+
+def read_landmarks(path: Path, form: Form = LANDMARKS) -> Table:
+    """id, landmark ("": none) and confidence (0 for none) of each query.
+
+    A line is a landmark_id and a finite score, or empty: more than one prediction would not be
+    counted as the competition says, and is refused.
+    """
+    rows = []
+    for query, answer in _read(path, form).items():
+        landmark, score = _prediction(path, query, answer)
+        rows.append((query, landmark, score))
+    return pd.DataFrame(rows, columns=PREDICTIONS)
+
+
+def no_landmarks(asked: Iterable[str]) -> Table:
+    """Every query, none of which has a prediction."""
+    return pd.DataFrame([(query, "", 0.0) for query in asked], columns=PREDICTIONS)
 
 
 def check(
@@ -67,19 +117,7 @@ def check(
     Every query once and no other, at most form.most images each, none twice, all of them in the index.
     """
     rankings = read(path, form)
-    wanted = set(query_ids)
-    missing, strange = (
-        sorted(wanted - rankings.keys()),
-        sorted(rankings.keys() - wanted),
-    )
-    if missing:
-        raise ValueError(
-            f"{path}: query {missing[0]} has no line ({len(missing)} missing)"
-        )
-    if strange:
-        raise ValueError(
-            f"{path}: {strange[0]} is no query ({len(strange)} such lines)"
-        )
+    _refuse_others(path, rankings.keys(), query_ids)
     known = None if index_ids is None else set(index_ids)
     for query, images in rankings.items():
         if len(images) > form.most:
@@ -94,3 +132,71 @@ def check(
                 f"{path}: query {query} answers {wrong}, which is not in the index"
             )
     return len(rankings)
+
+
+def check_landmarks(
+    path: Path,
+    query_ids: Iterable[str],
+    landmarks: Container[str] | None = None,
+    form: Form = LANDMARKS,
+) -> int:
+    """As `check`, for landmarks: every query once and no other, one finite score each at most, and
+    every landmark one of `landmarks`; returns the number of queries.
+    """
+    found = read_landmarks(path, form)
+    _refuse_others(path, set(found["id"]), query_ids)
+    named = found[found["landmark"] != ""]
+    for query, landmark in zip(named["id"], named["landmark"], strict=True):
+        if landmarks is not None and landmark not in landmarks:
+            raise ValueError(
+                f"{path}: query {query} answers {landmark}, which no reference shows"
+            )
+    return len(found)
+
+
+def _read(path: Path, form: Form) -> dict[str, str]:
+    """Query id -> the text of its answer."""
+    query, answer = form.columns
+    table = read_csv(path, form.columns)
+    repeated = table.loc[table[query].duplicated(), query]
+    if len(repeated):
+        raise ValueError(
+            f"{path}: query {repeated.iloc[0]} stands there more than once"
+        )
+    return dict(zip(table[query], table[answer], strict=True))
+
+
+def _prediction(path: Path, query: str, answer: str) -> tuple[str, float]:
+    """ "" and 0 for none."""
+    parts = answer.split()
+    if not parts:
+        return "", 0.0
+    if len(parts) != 2:
+        raise ValueError(
+            f"{path}: query {query} has {answer!r}, not one landmark and its score"
+        )
+    try:
+        score = float(parts[1])
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(
+            f"{path}: the score {parts[1]} of query {query} is no finite number"
+        )
+    return parts[0], score
+
+
+def _refuse_others(
+    path: Path, there: AbstractSet[str], query_ids: Iterable[str]
+) -> None:
+    """Queries without a line, and lines without a query."""
+    wanted = set(query_ids)
+    missing, strange = sorted(wanted - there), sorted(there - wanted)
+    if missing:
+        raise ValueError(
+            f"{path}: query {missing[0]} has no line ({len(missing)} missing)"
+        )
+    if strange:
+        raise ValueError(
+            f"{path}: {strange[0]} is no query ({len(strange)} such lines)"
+        )

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from kit.answers import submission
@@ -172,3 +173,98 @@ def test_another_competition_has_other_columns_and_fewer_images(tmp_path):
     with pytest.raises(ValueError, match="has 3 images, more than 2"):
         submission.write(path, QUERIES, longer, QUERIES, form=form)
     assert submission.check(path, QUERIES, form=form) == len(QUERIES)
+
+
+# Landmarks
+
+
+def predicted(*rows):
+    return pd.DataFrame(rows, columns=["id", "landmark", "confidence"])
+
+
+SOME = predicted(
+    (QUERIES[0], "0020", 0.1 + 0.2), (QUERIES[2], "7", -31.0), (QUERIES[1], "", 0.0)
+)
+
+
+def test_landmarks_that_were_written_are_read(path):
+    assert submission.write_landmarks(path, SOME, QUERIES, {"7", "0020"}) == path
+    read = submission.read_landmarks(path)
+    wanted = SOME.set_index("id").loc[QUERIES].reset_index()
+    pd.testing.assert_frame_equal(read, wanted)
+
+
+def test_a_file_of_landmarks_is_what_kaggle_takes(path):
+    submission.write_landmarks(path, SOME.iloc[1:], QUERIES)
+    assert path.read_bytes() == (
+        b"id,landmarks\n0000000000012345,\n123456789012e345,\nffffffffffffffff,7 -31.0\n"
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["submission.csv"]
+
+
+def test_nearly_equal_scores_stay_apart(path):
+    close = [0.1, np.nextafter(0.1, 1), np.nextafter(0.1, 0)]
+    rows = [(q, "7", c) for q, c in zip(QUERIES, close, strict=True)]
+    submission.write_landmarks(path, predicted(*rows), QUERIES)
+    assert submission.read_landmarks(path)["confidence"].tolist() == close
+
+
+def test_columns_of_landmarks_may_have_other_names(path):
+    form = submission.LANDMARKS._replace(columns=("query", "answer"))
+    submission.write_landmarks(path, SOME, QUERIES, form=form)
+    assert path.read_text().startswith("query,answer\n")
+    assert submission.check_landmarks(path, QUERIES, form=form) == 3
+    with pytest.raises(ValueError, match="no column id, landmarks"):
+        submission.check_landmarks(path, QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (predicted(("strange", "7", 1.0)), "strange is no query that is asked"),
+        (
+            predicted((QUERIES[0], "7", 1.0), (QUERIES[0], "8", 2.0)),
+            "query 0000000000012345 has more than one prediction",
+        ),
+        (predicted((QUERIES[0], "9", 1.0)), "answers 9, which no reference shows"),
+        (predicted((QUERIES[0], "7", np.nan)), "score nan of query 0000000000012345"),
+        (predicted((QUERIES[0], "7", -np.inf)), "score -inf of query"),
+        (predicted((QUERIES[0], "7 8", 1.0)), "not one landmark and its score"),
+    ],
+)
+def test_wrong_predictions_leave_the_old_file(path, made, words):
+    submission.write_landmarks(path, SOME, QUERIES)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=words):
+        submission.write_landmarks(path, made, QUERIES, {"7", "8"})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["submission.csv"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("q,7 0.5\n", "query r has no line \\(1 missing\\)"),
+        ("q,7 0.5\nr,\ns,\n", "s is no query \\(1 such lines\\)"),
+        ("q,7 0.5\nr,\nq,\n", "query q stands there more than once"),
+        ("q,7\nr,\n", "query q has '7', not one landmark and its score"),
+        ("q,7 0.5 8 0.4\nr,\n", "not one landmark and its score"),
+        ("q,7 high\nr,\n", "the score high of query q is no finite number"),
+        ("q,7 inf\nr,\n", "the score inf of query q is no finite number"),
+        ("q,8 0.5\nr,\n", "query q answers 8, which no reference shows"),
+    ],
+)
+def test_a_file_of_landmarks_is_refused_in_a_line(path, lines, words):
+    path.parent.mkdir()
+    path.write_text("id,landmarks\n" + lines)
+    with pytest.raises(ValueError, match=words) as caught:
+        submission.check_landmarks(path, ["q", "r"], {"7"})
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_predicted_is_a_valid_file(path):
+    nothing = submission.no_landmarks(QUERIES)
+    submission.write_landmarks(path, nothing, QUERIES, set())
+    assert submission.check_landmarks(path, QUERIES, set()) == 3
+    assert set(submission.read_landmarks(path)["landmark"]) == {""}
