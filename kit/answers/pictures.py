@@ -36,7 +36,7 @@ class Pictures:
         return cache.fill(
             self.folder / backend / str(side) / found.name,
             found.rows["path"].to_numpy()[first],
-            _Decoded(open_reader(self.data)),
+            Decoded(open_reader(self.data)),
             replace(verification.backend(backend).describe, side=side),
             processes=self.processes,
         )
@@ -48,7 +48,7 @@ class Pictures:
         index = self("index", backend, side)
         images = index if of == "index" else self(of, backend, side)
         counts = self.known.setdefault((of, backend, side), Counts())
-        pairs = _pairs(rows.numpy(), len(index), mutual=of == "index")
+        pairs = pair_numbers(rows.numpy(), len(index), mutual=of == "index")
         asked = (rows.numpy() >= 0) & ~np.isin(pairs, counts.pairs)
         if asked.any():
             fresh = verification.shortlist_inliers(
@@ -79,7 +79,7 @@ class Counts:
         return self.counts[places]
 
 
-def _pairs(rows: np.ndarray, size: int, mutual: bool) -> np.ndarray:
+def pair_numbers(rows: np.ndarray, size: int, mutual: bool = False) -> np.ndarray:
     """A number for each pair of own and named row; the same both ways round if mutual."""
     own = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)
     if mutual:
@@ -88,7 +88,7 @@ def _pairs(rows: np.ndarray, size: int, mutual: bool) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """Reads and decodes; other processes get it pickled."""
 
     reader: Reader

@@ -13,7 +13,7 @@ import torch
 
 from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
-from kit.answers.scene import INDEX, REFERENCE, Model, Scene, Voters
+from kit.answers.scene import INDEX, QUERY, REFERENCE, Model, Scene, Voters
 from kit.data import lists
 from kit.data.sources import OTHER
 from kit.features import graph, store
@@ -35,7 +35,7 @@ class Scenes:
         self,
         folder: Path,
         query: lists.ImageList,
-        index: lists.ImageList,
+        index: lists.ImageList | None = None,  # that is searched
         reference: Reference | None = None,  # whose labelled images vote
         data: Path | None = None,  # the images, for steps that verify
         graphs: Path | None = None,  # <model>/<list>; those that are there serve
@@ -44,8 +44,8 @@ class Scenes:
     ) -> None:
         self.folder, self.graphs, self.query, self.index = folder, graphs, query, index
         self.reference, self.other_scales = reference, other_scales
-        both = {"query": query, "index": index}
-        self.pictures = data and Pictures(data, folder / "local", both, processes)
+        shown = {QUERY: query} | ({} if index is None else {INDEX: index})
+        self.pictures = data and Pictures(data, folder / "local", shown, processes)
         self._scenes: dict[tuple[str, ...], Scene] = {}
         self._models: dict[str, Model] = {}
 
@@ -73,7 +73,8 @@ class Scenes:
         scores, rows = rank(scene, chain)
         first = scene.models[0]
         there = (torch.isfinite(scores) & (rows >= 0)).numpy()
-        return first.query.ids, np.where(there, first.index.ids[rows.numpy()], "")
+        index = first.of(INDEX)
+        return first.query.ids, np.where(there, index.ids[rows.numpy()], "")
 
     def seen(self, models: Iterable[str]) -> dict[str, str]:
         """hash -> name of every list that the models met or that votes."""
@@ -96,23 +97,24 @@ class Scenes:
 def _model(
     folder: Path,
     query: lists.ImageList,
-    index: lists.ImageList,
+    index: lists.ImageList | None,
     reference: Reference | None,
     other_scales: bool,
 ) -> Model:
     first = store.load(folder / query.name)
     weights = first.manifest["model"]["hash"]
     store.expect(first, list_hash=query.hash)
-    others = []
+    others: list[Features | None] = []
     if reference is not None and not (folder / reference.name).exists():
         reference = None  # such as of a model that is only searched with
     for images in (index, reference):
         if images is None:
+            others.append(None)
             continue
         features = store.load(folder / images.name)
         store.expect(features, list_hash=images.hash, model_hash=weights)
         free = ("scales",) if other_scales and images is reference else ()
-        _refuse_other_views(first, features, free)
+        refuse_other_views(first, features, free)
         others.append(features)
     return Model(first, *others)
 
@@ -128,9 +130,10 @@ def _graphs(folder: Path, model: Model) -> dict[str, Graph]:
     return found
 
 
-def _refuse_other_views(
-    ours: Features, theirs: Features, free: Collection[str]
+def refuse_other_views(
+    ours: Features, theirs: Features, free: Collection[str] = ()
 ) -> None:
+    """free: what may differ."""
     for name in VIEWS:
         if name not in free and ours.manifest.get(name) != theirs.manifest.get(name):
             raise ValueError(
@@ -143,6 +146,8 @@ def _refuse_other_images(models: Sequence[Model]) -> None:
     first = models[0]
     for other in models[1:]:
         for ours, theirs in ((first.query, other.query), (first.index, other.index)):
+            if ours is None or theirs is None:
+                continue
             if not np.array_equal(ours.ids, theirs.ids):
                 raise ValueError(
                     f"models {first.name} and {other.name} have features of different "

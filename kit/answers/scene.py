@@ -32,7 +32,7 @@ class Model:
     """One model's features of the images that a chain reads."""
 
     query: Features
-    index: Features
+    index: Features | None = None  # of the images that are searched
     reference: Features | None = None  # of the images that vote
     # stored neighbours of index or reference images among themselves
     graphs: Mapping[str, Graph] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Scene:
     @cached_property
     def unreadable(self) -> np.ndarray:
         """(N,) bool, of the index: images that some model could not read."""
-        readable = [model.index.readable() for model in self.models]
+        readable = [model.of(INDEX).readable() for model in self.models]
         return ~np.logical_and.reduce(readable)
 
     @property

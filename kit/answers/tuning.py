@@ -5,13 +5,16 @@ A score is of the half that may be chosen by, never of the one that is reported.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kit import config
 from kit.rerank.chain import Chain
 from kit.rerank.steps import STEPS, Step
 
-Score = Callable[[Chain], float]  # larger is better
+Plan = TypeVar(
+    "Plan"
+)  # a chain or a recogniser: models, and steps of which one is added
+Score = Callable[[Plan], float]  # larger is better
 Axis = tuple[float, float] | tuple[int, int]  # low, high; whole numbers stay whole
 
 # what is worth searching, by step and field; the other fields stay as they are
@@ -41,18 +44,32 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
         "most": (10, 100),
         "least_inliers": (0, 20),
     },
+    # of recognition
+    "vote": {"votes": (1, 10)},
+    "non_landmark": {"references": (0.0, 1.5), "queries": (0.0, 1.5)},
+    "inliers": {"weight": (0.0, 2.0), "most": (10, 100), "least_inliers": (0, 20)},
+    "background": {"weight": (0.0, 3.0), "near": (5, 100)},
+    "frequent": {"most": (10, 100), "within": (0.0, 0.8)},
 }
 
 
-def tuned(chain: Chain, step: Step, score: Score, trials: int, seed: int = 0) -> Step:
+def tuned(
+    chain: Plan,
+    step: Step,
+    score: Score[Plan],
+    trials: int,
+    seed: int = 0,
+    join: Callable[[Plan, Step], Plan] | None = None,
+) -> Step:
     """`step` with the fields under which the chain that it ends scores best.
 
     The step as it is given is the first trial and wins ties; the others are Optuna's TPE. Further
-    trials only add to earlier ones.
+    trials only add to earlier ones. join: how a step is added, by default at the end of its kind.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    join = join or with_step
     space = SPACES.get(step.name, {})
     if not space or trials < 2:
         return step
@@ -67,11 +84,11 @@ def tuned(chain: Chain, step: Step, score: Score, trials: int, seed: int = 0) ->
     study.enqueue_trial(near)
 
     def objective(trial: optuna.Trial) -> float:
-        return score(with_step(chain, _suggested(trial, step, space)))
+        return score(join(chain, _suggested(trial, step, space)))
 
     study.optimize(objective, n_trials=trials)
     found = _suggested(optuna.trial.FixedTrial(study.best_params), step, space)
-    published = score(with_step(chain, step))
+    published = score(join(chain, step))
     return found if study.best_value > published else step
 
 
@@ -83,8 +100,8 @@ def with_step(chain: Chain, step: Step) -> Chain:
 
 
 def fused(
-    chain: Chain, models: Sequence[str], weights: Sequence[float], score: Score
-) -> Chain:
+    chain: Plan, models: Sequence[str], weights: Sequence[float], score: Score[Plan]
+) -> Plan:
     """The chain and, one after the other, those of `models` that improve it, with their weights."""
     best, value = chain, score(chain)
     for model in models:

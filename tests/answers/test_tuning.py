@@ -1,7 +1,7 @@
 import pytest
 
 from kit.answers import tuning
-from kit.rerank import steps
+from kit.rerank import recogniser, steps
 from kit.rerank.chain import Chain
 
 BASE = Chain({"a": 1.0})
@@ -50,9 +50,22 @@ def test_a_step_joins_at_the_end_of_its_kind():
 
 @pytest.mark.parametrize("name", tuning.SPACES)
 def test_every_space_names_numbers_of_its_step_that_the_step_accepts(name):
-    step = steps.build({"step": name})
+    known = steps.STEPS | recogniser.STEPS
+    step = steps.build({"step": name}, known)
     for field, axis in tuning.SPACES[name].items():
         assert type(axis[0]) is type(axis[1]) and axis[0] < axis[1]
         for value in axis:
-            changed = steps.build({**step.to_dict(), field: value})
+            changed = steps.build({**step.to_dict(), field: value}, known)
             assert type(getattr(changed, field)) is type(getattr(step, field))
+
+
+def test_a_step_of_recognition_is_tuned_at_its_place():
+    plan = recogniser.Recogniser({"a": 1.0}, (recogniser.Vote(), recogniser.Frequent()))
+
+    def worth(plan):
+        assert [step.name for step in plan.steps] == ["vote", "background", "frequent"]
+        return -abs(plan.step("background").weight - 2)
+
+    join = recogniser.with_step
+    step = tuning.tuned(plan, recogniser.Background(), worth, 20, join=join)
+    assert abs(step.weight - 2) < 0.9
