@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 FOLDER = "tar_index"
 BITS = 32  # of an image's size, under the number of its tar
 LARGEST = (1 << BITS) - 1
+# what tarfile raises on damaged headers: numbers that are none, too large or nested too deep
+BROKEN = tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError
 LINKS = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link"}
 
 
@@ -50,6 +53,15 @@ class Place:
     tar: int  # number in the index
     offset: int
     size: int
+
+
+class Member(NamedTuple):
+    """A file in a tar, or what claims to be one."""
+
+    name: str  # in its one spelling, from the tar's folder
+    offset: int
+    size: int
+    problem: str = ""  # why it is no plain file inside the folder
 
 
 class Index:
@@ -128,30 +140,43 @@ def index(folder: Path) -> Path:
 
 
 def members(folder: Path, tar: Tar) -> Iterator[tuple[str, int, int]]:
-    """Path, offset and bytes of every file in a plain tar; only the headers are read.
+    """Path, offset and bytes of every file in a plain tar; what is no such file is refused."""
+    path, parent = folder / tar.path, posixpath.dirname(tar.path)
+    for member in walk(path):
+        if member.problem:
+            raise ValueError(
+                f"{path}: member {member.name} {member.problem}; pack it anew without"
+            )
+        yield posixpath.join(parent, member.name), member.offset, member.size
+
+
+def walk(path: Path) -> Iterator[Member]:
+    """Every member of a plain tar but its folders, in order; only the headers are read.
 
     A tar without its end mark is refused: cut short between two members it looks whole to
     many readers, and after a damaged header they stop without a word.
     """
-    path, last = folder / tar.path, "none"
-    parent = posixpath.dirname(tar.path)
+    size, last, at = path.stat().st_size, "none", 0
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it collects them, and there may be millions
+                if archive.offset <= at:  # a negative size: it would go round for ever
+                    raise tarfile.ReadError(f"a header at byte {at} that leads back")
+                at = archive.offset
                 if member.isdir():
                     continue
-                name = _name(path, member)
-                if member.offset_data + member.size > tar.size:
+                found = _member(member)
+                # of a strange one the size need not be that of its data
+                if (at if found.problem else found.offset + found.size) > size:
                     raise tarfile.ReadError("unexpected end of data")
+                yield found
                 last = member.name
-                yield posixpath.join(parent, name), member.offset_data, member.size
-            end = archive.offset
         with path.open("rb") as file:
-            file.seek(end)
+            file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark at byte {end}")
-    except tarfile.TarError as error:
+                raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+    except BROKEN as error:
         raise ValueError(
             f"{path}: damaged or cut short ({error}), its last whole member is {last}; "
             "fetch it again"
@@ -164,18 +189,17 @@ def inside(path: str) -> bool:
     return path == posixpath.normpath(path) and first not in ("", ".", "..")
 
 
-def _name(path: Path, member: tarfile.TarInfo) -> str:
-    """The member's path in its one spelling; refuses what is no file inside the folder."""
-    name = posixpath.normpath(member.name)
+def _member(member: tarfile.TarInfo) -> Member:
+    name, problem = posixpath.normpath(member.name), ""
     if not inside(name):
         problem = "leads out of the tar's folder"
     elif not member.isreg() or member.sparse is not None:
         problem = f"is {LINKS.get(member.type, 'no plain file')}"
     elif member.size > LARGEST:
         problem = f"has {member.size} bytes, too many for an image"
-    else:
-        return name
-    raise ValueError(f"{path}: member {member.name} {problem}; pack it anew without")
+    if problem:  # under the name that it gave itself
+        return Member(member.name, member.offset_data, member.size, problem)
+    return Member(name, member.offset_data, member.size)
 
 
 def _key(path: str) -> tuple[int, int]:
