@@ -19,6 +19,7 @@ from kit.data.inputs import InputSpec, View, framed, prepare
 from kit.data.readers import Reader, UnreadableImage, file_bytes, open_reader
 
 BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
+LARGEST = 178_956_970  # pixels; what Pillow refuses, so that lists and decoder agree
 REDUCED = {  # the decoder's own shrinking, by the factor
     8: cv2.IMREAD_REDUCED_COLOR_8,
     4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -40,25 +41,50 @@ def decode(data: bytes, name: str, least: int = 0) -> np.ndarray:
     least: a JPEG may come out at 1/2, 1/4 or 1/8 of its sides where both keep that many
     pixels (0: never); that is faster, and differs a little from shrinking the whole picture.
     Raises UnreadableImage, for a truncated file too: some versions of OpenCV return grey
-    pixels for what is missing.
+    pixels for what is missing. So do headers that claim gigabytes of pixels.
     """
     whole, flag = bool(data), cv2.IMREAD_COLOR  # other formats: left to the decoder
     if jpeg.is_jpeg(data):
         header = jpeg.parse(data)
         whole, side = header.whole, min(header.height, header.width)
+        huge = header.height * header.width > LARGEST
         fits = [n for n in REDUCED if 0 < least <= -(-side // n)]
         flag = REDUCED[fits[0]] if fits else flag
-    elif data.startswith(b"\x89PNG"):
-        whole = b"IEND" in data[-64:]
+    else:
+        huge = _claims_too_much(data)
+        if data.startswith(b"\x89PNG"):
+            whole = _png_is_whole(data)
+    if huge:
+        raise UnreadableImage(f"{name}: claims more than {LARGEST:,} pixels")
     if not whole:
         raise UnreadableImage(f"{name}: {'cut short' if data else 'empty'}")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-    except cv2.error:  # a header that claims an absurd size
+    except cv2.error:
         image = None
     if image is None:
         raise UnreadableImage(f"{name}: not an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Whether its chunks lead to its end; OpenCV reserves what their lengths claim."""
+    at = 8
+    while at + 8 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return False
+
+
+def _claims_too_much(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width * image.height > LARGEST
+    except Image.DecompressionBombError:
+        return True
+    except BROKEN:  # not for Pillow; perhaps for OpenCV
+        return False
 
 
 def header_size(file: Path | bytes) -> tuple[int, int]:

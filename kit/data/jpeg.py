@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image
@@ -10,7 +11,11 @@ from PIL import ExifTags, Image
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the others are tables
 END, EXIF, ADOBE = 0xD9, 0xE1, 0xEE
-BROKEN = (OSError, ValueError, SyntaxError)  # what Pillow raises, struct.error too
+# what Pillow raises
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 @dataclass
