@@ -64,8 +64,8 @@ def pack(
                 if name in done and (out / name).exists():
                     continue
                 some = paths[start : start + per_shard]
-                found = _encoded(pool, reader, some, side, quality)
-                done[name] = _write(out / name, zip(some, found, strict=True))
+                found = encoded(pool, reader, some, side, quality)
+                done[name] = write(out / name, zip(some, found, strict=True))
                 files.write_json(out / "shards.json", made | {"shards": done})
         _report(out / "unreadable.csv", done)
     tars.index(out)
@@ -82,22 +82,7 @@ def shrunk(image: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def _done(out: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the finished shards; refuses a folder with others."""
-    path = out / "shards.json"
-    if not path.exists():
-        return {}
-    there = files.read_json(path)
-    for name, value in made.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"{out} holds shards of other images or settings ({name} differs); "
-                "give an empty folder"
-            )
-    return there["shards"]
-
-
-def _encoded(
+def encoded(
     pool: ThreadPoolExecutor,
     reader: Reader,
     paths: Sequence[str],
@@ -121,9 +106,10 @@ def _encoded(
         yield from pool.map(encode, paths[start : start + AHEAD])
 
 
-def _write(
+def write(
     path: Path, found: Iterable[tuple[str, bytes | UnreadableImage]]
 ) -> dict[str, Any]:
+    """Packs JPEGs under their names; returns the shard's record, as `shards.json` has it."""
     count, unreadable = 0, {}
     with files.replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
         for name, data in found:
@@ -135,6 +121,21 @@ def _write(
             archive.addfile(member, io.BytesIO(data))
             count += 1
     return {"images": count, "unreadable": unreadable}
+
+
+def _done(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the finished shards; refuses a folder with others."""
+    path = out / "shards.json"
+    if not path.exists():
+        return {}
+    there = files.read_json(path)
+    for name, value in made.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"{out} holds shards of other images or settings ({name} differs); "
+                "give an empty folder"
+            )
+    return there["shards"]
 
 
 def _report(path: Path, done: dict[str, Any]) -> None:
