@@ -8,9 +8,13 @@ landmark. So an answer to a query that shows none only lowers those below it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from kit.answers import submission
+from kit.data.sources import read_recognition
 
 HALVES = ("Public", "Private")
 
@@ -86,6 +90,11 @@ def coverage(score: Score, half: str) -> pd.DataFrame:
             "recall": right.to_numpy() / max(1, _positives(queries)),
         }
     )
+
+
+def evaluate_file(path: Path, solution: Path) -> Score:
+    """Of a submission id,landmarks."""
+    return evaluate(submission.read_landmarks(path), read_recognition(solution))
 
 
 def _half(queries: pd.DataFrame, half: str) -> tuple[float, float]:

@@ -134,10 +134,13 @@ def gain(
     )
 
 
-def evaluate_file(path: Path, solution: Path) -> Score:
+def answers(path: Path) -> tuple[list[str], np.ndarray]:
+    """Ids of a submission's queries (Q,) and of their ranked images (Q, k), "" where none is left."""
     rankings = submission.read(path)
     width = max([1, *map(len, rankings.values())])
-    ranked = np.array(
-        [images + [""] * (width - len(images)) for images in rankings.values()]
-    )
-    return evaluate(list(rankings), ranked, read_solution(solution))
+    ranked = [images + [""] * (width - len(images)) for images in rankings.values()]
+    return list(rankings), np.array(ranked)
+
+
+def evaluate_file(path: Path, solution: Path) -> Score:
+    return evaluate(*answers(path), read_solution(solution))

@@ -1,0 +1,259 @@
+"""A ground truth, its pictures and networks -> the score of each setup.
+
+<work>/<name>/images/index       a link to the pictures
+                    /queries/    what asks: cut out once, or links to whole pictures
+              images.csv, lists/, features/
+<work>/distractors/              the same of pictures that only distract, for every benchmark
+"""
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit import files
+from kit.answers.metrics import extraction, places, protocol, revisited
+from kit.answers.metrics.extraction import Networks
+from kit.answers.metrics.ground_truth import GroundTruth, Query
+from kit.answers.reranking import rank
+from kit.answers.retrieval import Scenes
+from kit.data import crops, lists, sources
+from kit.data.readers import UnreadableImage
+from kit.features import store
+from kit.features.views import Views
+from kit.rerank import order
+from kit.rerank.chain import Chain
+
+log = logging.getLogger(__name__)
+
+DISTRACTORS = "distractors"
+QUERY, INDEX = "query", "index"
+MOST = 1 << 26  # places of all rankings together, where a chain ranks the whole index
+
+# 1st place of Google Landmark Retrieval 2019 on Oxford and Paris
+VIEWS = Views(1024, "bounded", (2**-0.5, 1.0, 2**0.5), multiple=32, least=32)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What asks and what is searched; a ground truth's images are the first of the index."""
+
+    name: str
+    truth: GroundTruth
+    told: str  # name and hash of its file
+    index: Sequence[str]  # paths from the pictures' folder
+    asking: Sequence[str]  # path of each query's picture, there too
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores by setup, and what they were measured with."""
+
+    scores: Mapping[str, revisited.Score]
+    protocol: protocol.Protocol
+
+    def lines(self, name: str) -> list[str]:
+        """One a setup, and the protocol."""
+        crop = self.protocol.queries.partition(" ")[2]
+        rows = [f"{name} {s:8} {score}, {crop}" for s, score in self.scores.items()]
+        return [*rows, f"measured with: {self.protocol}"]
+
+
+def by_name(truth: GroundTruth, told: str, name: str, folder: Path) -> Benchmark:
+    """The benchmark of a ground truth that names pictures by their files, wherever in `folder`.
+
+    Revisited sets are searched in exactly their images; the older ones in all of the folder.
+    """
+    there: dict[str, str] = {}
+    for path in pictures(folder):
+        there.setdefault(Path(path).stem, path)
+    wanted = [*truth.images, *(query.image for query in truth.queries)]
+    missing = [image for image in wanted if image not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: no picture {missing[0]} of the ground truth "
+            f"({len(missing)} of {len(wanted)} missing)"
+        )
+    index = [there[image] for image in truth.images]
+    if truth.kind == "classic":
+        index += sorted(set(there.values()) - set(index))
+    asking = [there[query.image] for query in truth.queries]
+    return Benchmark(name, truth, told, index, asking)
+
+
+def by_path(truth: GroundTruth, told: str, name: str) -> Benchmark:
+    """The benchmark of a ground truth whose names are paths (kit.answers.metrics.folders)."""
+    asking = [query.image for query in truth.queries]
+    return Benchmark(name, truth, told, truth.images, asking)
+
+
+def pictures(folder: Path) -> list[str]:
+    """Paths of all pictures below a folder, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = [
+        (Path(here) / name).relative_to(folder).as_posix()
+        for here, _, names in os.walk(folder)
+        for name in names
+        if sources.PICTURE.search(name)
+    ]
+    if not found:
+        raise FileNotFoundError(f"{folder}: no picture in it")
+    return sorted(found)
+
+
+def evaluate(
+    benchmark: Benchmark,
+    images: Path,
+    work: Path,
+    networks: Networks,
+    *,
+    whole: bool = False,  # queries are not cropped
+    distractors: Path | None = None,  # folder of pictures that are searched besides
+    chain: Chain | None = None,  # that reranks; else search alone
+    processes: int = 0,  # that verify by local features
+) -> Found:
+    """Extracts what is missing, ranks the whole index for each query, and scores the rankings."""
+    plan = networks.chain(chain)
+    if plan.steps and distractors is not None:
+        raise ValueError("a chain reranks no distractors; go without one of them")
+    out = work / benchmark.name
+    asking = [
+        _asking(query, images / path, out / "images" / "queries", number, whole)
+        for number, (query, path) in enumerate(
+            zip(benchmark.truth.queries, benchmark.asking, strict=True)
+        )
+    ]
+    rows = [(f"queries/{name}", QUERY) for name in asking]
+    rows += [(f"index/{path}", INDEX) for path in benchmark.index]
+    prepare(out, images, rows, networks, (QUERY, INDEX))
+    features, more = [out / "features"], 0
+    if distractors is not None:
+        features.append(work / DISTRACTORS / "features")
+        found = pictures(distractors)
+        more = len(found)
+        rows = [(f"index/{path}", INDEX) for path in found]
+        prepare(work / DISTRACTORS, distractors, rows, networks, (INDEX,))
+    placed = _placed(benchmark, out, features, plan, processes)
+    scores = {
+        name: revisited.evaluate(placed, setup)
+        for name, setup in benchmark.truth.setups.items()
+    }
+    boxes = any(query.box for query in benchmark.truth.queries)
+    crop = protocol.CROPPED if boxes and not whole else protocol.WHOLE
+    told = protocol.describe(
+        *(out / "features", plan, QUERY, INDEX, benchmark.told, len(asking)),
+        crop=crop,
+        distractors=more,
+    )
+    return Found(scores, told)
+
+
+def prepare(
+    out: Path,
+    images: Path,
+    rows: Sequence[tuple[str, str]],  # path from <out>/images, query or index
+    networks: Networks,
+    wanted: Sequence[str],
+) -> None:
+    """Lists of the rows, unless they are there, and features of them."""
+    root, table, folder = out / "images", out / "images.csv", out / "lists"
+    root.mkdir(parents=True, exist_ok=True)
+    moved = _link(root / "index", images)
+    text = io.StringIO()
+    written = csv.writer(text, lineterminator="\n")
+    written.writerows([("path", "label", "split"), *((p, "", s) for p, s in rows)])
+    listed = all((folder / f"{name}.json").exists() for name in wanted)
+    same = table.exists() and table.read_text(encoding="utf-8") == text.getvalue()
+    if moved or not (same and listed):
+        table.unlink(missing_ok=True)
+        part = files.write_text(out / "images.part.csv", text.getvalue())
+        lists.build(sources.from_csv(part, root), root, folder, wanted=wanted)
+        os.replace(part, table)
+    for name in wanted:
+        extraction.extracted(networks, folder, name, root, out / "features")
+
+
+def _placed(
+    benchmark: Benchmark,
+    out: Path,
+    features: Sequence[Path],
+    chain: Chain,
+    processes: int,
+) -> list[dict[str, np.ndarray]]:
+    """Of each query the places of its groups' images."""
+    groups = [query.groups for query in benchmark.truth.queries]
+    marked = [np.concatenate(list(each.values())) for each in groups]
+    if chain.steps:
+        found = places.of_rankings(_reranked(out, chain, processes), marked)
+    else:
+        queries = [store.load(features[0] / name / QUERY) for name in chain.models]
+        parts = [
+            [store.load(folder / name / INDEX) for folder in features]
+            for name in chain.models
+        ]
+        found = places.count(queries, parts, marked, list(chain.models.values()))
+    return [
+        dict(
+            zip(each, np.split(at, np.cumsum([*map(len, each.values())])), strict=False)
+        )
+        for each, at in zip(groups, found, strict=True)
+    ]
+
+
+def _reranked(out: Path, chain: Chain, processes: int) -> torch.Tensor:
+    """(Q, N) rows of the whole index; -1 where nothing is left."""
+    asked, searched = (lists.load(out / "lists", name) for name in (QUERY, INDEX))
+    if len(asked) * len(searched) > MOST:
+        raise ValueError(
+            f"a chain would rank {len(searched):,} images for {len(asked):,} queries "
+            f"whole; more than {MOST:,} places do not fit, go without it"
+        )
+    scenes = Scenes(
+        out / "features", asked, searched, data=out / "images", processes=processes
+    )
+    scores, rows = rank(scenes.of(chain.models), replace(chain, k=len(searched)))
+    return rows.masked_fill(~torch.isfinite(scores), order.ABSENT)
+
+
+def _asking(query: Query, source: Path, folder: Path, number: int, whole: bool) -> str:
+    """The name in `folder` of what a query asks with; made there unless it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    if whole or query.box is None:
+        name = f"{number:06}_whole{source.suffix}"
+        _link(folder / name, source)
+        return name
+    made = files.fingerprint([str(source), _stamp(source), list(query.box)])
+    name = f"{number:06}_{made[:16]}.png"
+    if not (folder / name).exists():
+        try:
+            crops.cut(source, query.box, folder / name)
+        except UnreadableImage as error:
+            log.warning("query %s cannot be read, it finds nothing: %s", number, error)
+    return name
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file, which tell whether it is still the same."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _link(link: Path, target: Path) -> bool:
+    """Makes `link` lead to `target`; whether it led elsewhere or nowhere."""
+    target = target.resolve()
+    if link.is_symlink() and Path(os.readlink(link)) == target:
+        return False
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    return True

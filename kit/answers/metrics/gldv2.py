@@ -1,0 +1,169 @@
+"""GLDv2's folder and networks -> mAP@100, GAP and every other definition, with their protocol.
+
+<work>/lists      built unless they are there
+<work>/features   <network>/<list>, extracted unless they are there
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kit.answers import leaks, tags
+from kit.answers.metrics import definitions, extraction, gap, mean_ap, protocol
+from kit.answers.metrics.extraction import Networks
+from kit.answers.recognition import landmarks
+from kit.answers.retrieval import Reference, Scenes
+from kit.answers.scene import QUERY, Scene
+from kit.data import lists, sources
+from kit.rerank.chain import Chain
+
+log = logging.getLogger(__name__)
+
+ASKED, SEARCHED, SMALLER = "query", "index", "index_val"
+INDEX_IMAGES = 761_757  # of all of GLDv2
+RETRIEVAL = "test/retrieval_solution_v2.1.csv"
+RECOGNITION = "test/recognition_solution_v2.1.csv"
+VOTES = 3
+
+# a scene with references -> id, landmark, confidence of its queries
+Predict = Callable[[Scene], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is evaluated, and on which images."""
+
+    data: Path  # in GLDv2's layout
+    work: Path  # everything is written under it
+    networks: Networks
+    chain: Chain | None = None  # that reranks; else search alone
+    reference: str = "clean"  # list whose labelled images vote; "": no GAP
+    index_ids: Path | None = None  # ids of a competition's smaller index
+    continents: Path | None = None  # table of kit.data.sources.read_continents
+    optimistic: bool = False  # allow leaks, and print LEAKY beside the numbers
+    processes: int = 0  # that verify by local features
+
+    @property
+    def lists(self) -> Path:
+        return self.work / "lists"
+
+    @property
+    def index(self) -> str:
+        return SMALLER if self.index_ids else SEARCHED
+
+
+def evaluate(options: Options, predict: Predict | None = None) -> Iterator[str]:
+    """Lines to print. predict: who says which landmark a query shows; else the nearest vote."""
+    wanted = [ASKED, options.index, *([options.reference] if options.reference else [])]
+    truths = [options.data / name for name in (RETRIEVAL, RECOGNITION)]
+    if not truths[0].exists():
+        raise FileNotFoundError(f"{truths[0]}: no ground truth there")
+    if options.reference and not truths[1].exists():
+        raise FileNotFoundError(
+            f"{truths[1]}: no ground truth of GAP there; name no reference to go without"
+        )
+    _build(options, wanted)
+    for name in wanted:
+        place = options.data, options.work / "features"
+        extraction.extracted(options.networks, options.lists, name, *place)
+    asked, searched = (lists.load(options.lists, name) for name in wanted[:2])
+    voters = lists.find(options.lists, options.reference) if options.reference else None
+    plan = options.networks.chain(options.chain)
+    scenes = Scenes(
+        *(options.work / "features", asked, searched, voters, options.data),
+        processes=options.processes,
+    )
+    seen = scenes.seen(plan.models)
+    warning = leaks.refuse_leaks(options.lists, searched, seen, options.optimistic)
+    yield from _retrieval(options, plan, scenes, warning)
+    if voters is not None:
+        name = predict or vote(landmarks(voters))
+        yield from _recognition(options, plan, scenes, name, warning)
+
+
+def vote(names: Mapping[int, str], votes: int = VOTES) -> Predict:
+    """The landmark with the largest sum of cosines among the nearest references.
+
+    names: landmark of each label. The mean cosine of the votes is the confidence.
+    """
+
+    def predict(scene: Scene) -> pd.DataFrame:
+        found = tags.predicted(scene, QUERY, votes)
+        known = (found.labels >= 0).tolist()
+        landmark = [
+            names[label] if there else ""
+            for label, there in zip(found.labels.tolist(), known, strict=True)
+        ]
+        sure = found.scores.masked_fill(found.labels < 0, 0.0)
+        ids = scene.models[0].query.ids
+        columns = {"id": ids, "landmark": landmark, "confidence": sure.double()}
+        return pd.DataFrame(columns).astype({"landmark": object})
+
+    return predict
+
+
+def _build(options: Options, wanted: list[str]) -> None:
+    try:
+        for name in wanted:
+            lists.find(options.lists, name)
+    except FileNotFoundError:
+        log.info("building the lists of %s", options.data)
+        continents = options.continents and sources.read_continents(options.continents)
+        facts = sources.official(options.data)
+        lists.build(
+            *(facts, options.data, options.lists, continents),
+            index_ids=options.index_ids,
+            wanted=wanted,
+        )
+
+
+def _retrieval(
+    options: Options, plan: Chain, scenes: Scenes, warning: str
+) -> Iterator[str]:
+    path = options.data / RETRIEVAL
+    solution = sources.read_solution(path)
+    answers = scenes.answers(plan)
+    score = mean_ap.evaluate(*answers, solution)
+    yield f"{score}{warning}"
+    yield from (
+        f"{line}{warning}"
+        for line in definitions.show(definitions.evaluate(*answers, solution)).split(
+            "\n"
+        )
+    )
+    told = _protocol(options, plan, path, len(score.queries))
+    yield f"measured with: {told}"
+
+
+def _recognition(
+    options: Options, plan: Chain, scenes: Scenes, predict: Predict, warning: str
+) -> Iterator[str]:
+    path = options.data / RECOGNITION
+    score = gap.evaluate(
+        predict(scenes.of(plan.models)), sources.read_recognition(path)
+    )
+    yield f"{score}{warning}"
+    yield (
+        f"private {score.accuracy['Private']:.4f}  public {score.accuracy['Public']:.4f}  "
+        f"accuracy: correct / queries that show a landmark{warning}"
+    )
+    told = _protocol(options, plan, path, len(score.queries), scenes.reference)
+    yield f"measured with: {told}"
+
+
+def _protocol(
+    options: Options,
+    plan: Chain,
+    path: Path,
+    asked: int,
+    voters: Reference | None = None,
+) -> protocol.Protocol:
+    return protocol.describe(
+        *(options.work / "features", plan, ASKED, options.index),
+        *(protocol.file(path), asked),
+        whole=INDEX_IMAGES,
+        voters=voters,
+    )
