@@ -49,7 +49,7 @@ class Recognition:
         reference: Reference,  # whose labelled images vote
         data: Path | None = None,  # the images, to verify by local features
         lists_folder: Path | None = None,  # with the list of images without a landmark
-        solution: pd.DataFrame | None = None,  # where that list is the queries'
+        solution: pd.DataFrame | None = None,  # of read_recognition, if there is one
         processes: int = 0,  # that verify; 0: this one
         other_scales: bool = False,  # of references; a run that had no time for all
     ) -> None:
@@ -76,14 +76,19 @@ class Recognition:
         columns = scene.models[0].query.ids, np.array(named, dtype=object), sure
         return pd.DataFrame(dict(zip(PREDICTIONS, columns, strict=True)))
 
-    def calibrated(self, plan: Recogniser, solution: pd.DataFrame) -> Recogniser:
+    def score(self, plan: Recogniser) -> gap.Score:
+        """Of its predictions, by the solution."""
+        if self.solution is None:
+            raise ValueError("there is no solution to score landmarks by")
+        return gap.evaluate(self.predict(plan), self.solution)
+
+    def calibrated(self, plan: Recogniser) -> Recogniser:
         """The recogniser with confidences as chances of being right, learnt on the public half.
 
-        As it is where that half's predictions are all right or all wrong. solution: a table of
-        sources.read_recognition.
+        As it is where that half's predictions are all right or all wrong.
         """
         bare = recogniser.without(recogniser.without(plan, "frequent"), "probability")
-        queries = gap.evaluate(self.predict(bare), solution).queries
+        queries = self.score(bare).queries
         made = queries[(queries["usage"] == "Public") & (queries["landmark"] != "")]
         curve = recognition.fit(
             torch.from_numpy(made["confidence"].to_numpy()),

@@ -88,8 +88,9 @@ def gain_chart(
     names: Sequence[str],
     public: Sequence[float | None],
     private: Sequence[float | None],
+    measure: str = "mAP@100",
 ) -> str:
-    """mAP@100 after each step, first step on top; None is a half that was not measured."""
+    """The measure after each step, first step on top; None is a half that was not measured."""
     if not len(names) == len(public) == len(private):
         raise ValueError(
             f"gain_chart: {len(names)} names, {len(public)} public and "
@@ -131,14 +132,14 @@ def gain_chart(
         axes.margins(x=0.1 if wide else 0.3)  # room for the numbers
         axes.locator_params(axis="x", nbins=8 if wide else 5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("mAP@100")
+        axes.set_xlabel(measure)
         figure.legend(handles, ["public", "private"], loc="outside upper left", ncols=2)
 
     steps = zip(names, public, private, strict=True)
     told = "; ".join(
         f"{n}: public {_plain(a)}, private {_plain(b)}" for n, a, b in steps
     )
-    return _chart(draw, f"mAP@100 by step. {told}")
+    return _chart(draw, f"{measure} by step. {told}")
 
 
 def curves(

@@ -180,6 +180,11 @@ def without(plan: Recogniser, name: str) -> Recogniser:
     return replace(plan, steps=tuple(s for s in plan.steps if s.name != name))
 
 
+def ablations(plan: Recogniser) -> dict[str, Recogniser]:
+    """The recogniser without each of its steps but the vote, by that step's name."""
+    return {step.name: without(plan, step.name) for step in plan.steps[1:]}
+
+
 def save(plan: Recogniser, path: Path) -> Path:
     return files.write_json(
         path,

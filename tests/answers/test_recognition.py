@@ -6,10 +6,12 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kit import files
 from kit.answers import distractors, recognition
 from kit.answers.metrics import gap
+from kit.answers.pairs import Pairs
 from kit.answers.recognition import Recognition
 from kit.data import lists
 from kit.data.inputs import InputSpec
@@ -318,7 +320,9 @@ def test_a_stored_list_serves_as_one_in_memory(work):
 # Landmarks and distractors
 
 
-def test_a_landmark_has_the_number_that_train_gives_it(work):
+@pytest.mark.parametrize("block", [3, 1000])
+def test_a_landmark_has_the_number_that_train_gives_it(work, block, monkeypatch):
+    monkeypatch.setattr(lists, "BLOCK", block)
     refs = lists.load(work / "lists", "refs")
     assert recognition.landmarks(refs) == {n: str(n * 1000 + 7) for n in range(5)}
     assert "index" in set(refs.rows["landmark_id"])
@@ -371,6 +375,8 @@ def test_what_is_missing_is_named(work):
         opened(work, "others").predict(Recogniser(ONE))
     with pytest.raises(FileNotFoundError, match="no features in"):
         opened(work).predict(Recogniser({"three": 1.0}))
+    with pytest.raises(ValueError, match="no solution to score landmarks by"):
+        opened(work, solution=None).score(Recogniser(ONE))
     with pytest.raises(ValueError, match="verification needs the images"):
         opened(work).predict(Recogniser(ONE, (Vote(), Inliers())))
 
@@ -412,7 +418,8 @@ def test_calibrated_confidences_are_chances_in_the_same_order(work):
         often = found["confidence"] > found["confidence"].median()
         right = np.where(often, found["landmark"], "1007")
         solution = SOLUTION.assign(landmarks=right)
-        sure = recognised.calibrated(plan, solution)
+        recognised = opened(work, solution=solution)
+        sure = recognised.calibrated(plan)
         assert sure.step("probability") is not None
         assert recogniser.without(sure, "probability") == plan
         bare = recogniser.without(recogniser.without(sure, "frequent"), "probability")
@@ -426,11 +433,24 @@ def test_calibrated_confidences_are_chances_in_the_same_order(work):
         assert scores[0].private == scores[1].private
 
 
+def test_the_private_half_teaches_no_curve(work):
+    recognised, plan = opened(work), Recogniser(ONE)
+    found = recognised.predict(plan)["confidence"]
+    right = np.where(found > found.median(), "1007 7 2007 3007 4007", "")
+    solution = SOLUTION.assign(landmarks=right)
+    recognised = opened(work, solution=solution)
+    private = solution["usage"] == "Private"
+    other = solution.assign(landmarks=solution["landmarks"].mask(private, "none"))
+    sure = recognised.calibrated(plan)
+    assert sure.step("probability") is not None
+    assert opened(work, solution=other).calibrated(plan) == sure
+
+
 def test_a_half_that_is_all_right_teaches_no_curve(work):
     recognised, plan = opened(work), Recogniser(ONE)
     found = recognised.predict(plan)
     right = SOLUTION.assign(landmarks=found["landmark"].to_numpy())
-    assert recognised.calibrated(plan, right) == plan
+    assert opened(work, solution=right).calibrated(plan) == plan
 
 
 # Local verification
@@ -510,12 +530,33 @@ def test_only_references_that_vote_are_described(work, pictures, tmp_path):
     recognised.predict(wider)
     more = store_of(tmp_path)
     assert len(more) == 2 and there.items() < more.items()
+    rows = recognised.scenes.of(ONE).near("query", "reference", 2).rows
+    assert sum(more.values()) == len({int(voters[row]) for row in rows.ravel()})
     again = opened(work, data=pictures)
     again.scenes.pictures = places
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again.predict(plan)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert before == after  # another run finds what was described
+
+
+def test_a_reference_is_described_once_whoever_asks_for_it(
+    work, pictures, counted, tmp_path
+):
+    refs = lists.load(work / "lists", "refs")
+    shown = opened(work, data=pictures).scenes.pictures
+    pairs = Pairs(replace(shown, folder=tmp_path), refs, refs.ids)
+    nobody = torch.full((COUNTS["query"], 2), -1)
+    assert not pairs.inliers(nobody, "sift", 96).any() and not store_of(tmp_path)
+    first = nobody.clone()
+    first[2] = torch.tensor([9, 4])
+    found = pairs.inliers(first, "sift", 96)
+    assert found[2].tolist() == counted[2, [9, 4]].tolist()
+    assert found.sum() == found[2].sum()
+    everybody = torch.tensor([[4, 30]]).repeat(COUNTS["query"], 1)
+    again = pairs.inliers(everybody, "sift", 96)
+    assert again.tolist() == counted[:, [4, 30]].tolist()
+    assert sorted(store_of(tmp_path).values()) == [1, 2]  # 30; 4 and 9
 
 
 def test_references_whose_images_are_not_there_are_not_verified(

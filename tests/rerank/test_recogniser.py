@@ -67,6 +67,13 @@ def test_a_step_comes_and_goes_at_its_place(name):
     assert recogniser.with_step(WHOLE, STEPS[name]()).step(name) == STEPS[name]()
 
 
+def test_each_step_but_the_vote_can_be_left_out():
+    left = recogniser.ablations(WHOLE)
+    assert list(left) == [name for name in STEPS if name != "vote"]
+    for name, plan in left.items():
+        assert plan == recogniser.without(WHOLE, name) != WHOLE
+
+
 def test_who_reads_the_whole_batch_says_so():
     assert WHOLE.batch
     assert Recogniser({"m": 1.0}, (Vote(), Frequent())).batch
