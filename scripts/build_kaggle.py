@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kit.kaggle import build, check, contents, manifest
+from kit.kaggle import answering, build, check, contents, manifest
 from kit.plan import Run
 from kit.training import recipes
 
@@ -33,11 +33,12 @@ def options() -> argparse.Namespace:
         help="what the datasets' and the kernel's names begin with (default: the recipe's)",
     )
     add(
-        "--competition",
-        default=build.Order.competition,
-        metavar="SLUG",
-        help="default: %(default)s",
+        "--task",
+        choices=answering.TASKS,
+        default=answering.RETRIEVAL,
+        help="what is answered (default: %(default)s)",
     )
+    add("--competition", metavar="SLUG", help="default: landmark-<task>-2021")
     add(
         "--reference",
         default="",
@@ -81,7 +82,7 @@ def main() -> None:
     order = build.Order(
         given.user,
         given.name or contents.slug(given.recipe),
-        competition=given.competition,
+        competition=given.competition or f"landmark-{given.task}-2021",
         machine_shape=given.machine_shape,
         hours=given.hours,
         public_queries=given.public_queries,
@@ -89,7 +90,7 @@ def main() -> None:
     )
     # the images stay at home: a path of theirs is not needed
     run = Run(given.recipe, data=Path(), work=given.work.resolve())
-    found = contents.find(run, given.reference, given.known)
+    found = contents.find(run, given.reference, given.known, given.task)
     notebook = ROOT / "notebooks" / "05_submission.ipynb"
     made = build.build(given.out.resolve(), found, order, ROOT, notebook)
     print(manifest.table(made))

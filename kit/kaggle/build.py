@@ -5,6 +5,7 @@ build/models            weights and the chain
 build/lists             the list that votes
 build/reference-<model> the features of its images, a dataset a model
 build/known-<model>     features of index images that are not looked at again, if asked for
+build/distractors-<model>  features of images without a landmark, where recognition reads them
 build/wheels            what else Kaggle's image lacks, if asked for
 build/model             the networks as a Kaggle model, a folder each
 build/submission        the kernel
@@ -12,6 +13,7 @@ build/submission        the kernel
 Weights and features are hard links where the disk allows: they take no second space.
 """
 
+import ast
 import math
 import re
 import shutil
@@ -22,7 +24,8 @@ from typing import Any
 
 from kit import config, files, pipeline
 from kit.kaggle import card, check, flat, manifest, wheels
-from kit.kaggle.contents import KNOWN, REFERENCE, Contents, slug
+from kit.kaggle.answering import RETRIEVAL
+from kit.kaggle.contents import DISTRACTORS, KNOWN, REFERENCE, Contents, slug
 from kit.kaggle.runtime import PUBLIC_QUERIES
 
 INJECTED = "injected-parameters"  # papermill's tag, too: it replaces such a cell
@@ -113,6 +116,7 @@ def build(
 def parameters(contents: Contents, order: Order, refs: Sequence[str]) -> dict[str, Any]:
     """What the submission notebook must be told; refs: owner/slug of what travels."""
     views = config.to_dict(contents.views)
+    other = {} if contents.task == RETRIEVAL else {"task": contents.task}
     return {
         "recipe": contents.run.recipe,
         "reference": contents.reference,
@@ -121,9 +125,19 @@ def parameters(contents: Contents, order: Order, refs: Sequence[str]) -> dict[st
         "hours": order.hours,
         "public_queries": order.public_queries,
         "known": contents.travels,
+        **other,
         **views,
         "scales": list(contents.views.scales),
     }
+
+
+def told(notebook: Path) -> dict[str, Any]:
+    """The parameters that a build injected into a notebook."""
+    for cell in files.read_json(notebook)["cells"]:
+        if INJECTED in cell["metadata"].get("tags", []):
+            lines = ast.parse("".join(cell["source"])).body
+            return {it.targets[0].id: ast.literal_eval(it.value) for it in lines}
+    return {}
 
 
 def prepared(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +173,7 @@ def prepared(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _dataset(templates: Path, folder: str, order: Order) -> dict[str, Any]:
     """dataset-metadata.json of a folder of the build."""
     kind, _, model = folder.partition("-")
-    if kind not in (REFERENCE, KNOWN):
+    if kind not in (REFERENCE, KNOWN, DISTRACTORS):
         kind, model = folder, ""
     values = {"user": order.user, "name": order.name, "model": model}
     metadata = _rendered(templates / kind / manifest.DATASET, values)

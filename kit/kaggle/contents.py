@@ -1,5 +1,7 @@
 """A work folder -> what of it a submission needs: chain, weights, references, and how they look.
 
+Recognition takes recognition.json instead of the chain, and perhaps images without a landmark.
+
 Whatever is missing is refused by the step of scripts/run_pipeline.py that makes it.
 """
 
@@ -16,13 +18,17 @@ from kit.data.inputs import InputSpec
 from kit.features import store
 from kit.features.store import Features
 from kit.features.views import OWN, Views
+from kit.kaggle import answering
+from kit.kaggle.answering import RECOGNITION, RETRIEVAL, recognition_file
 from kit.models import net as nets
 from kit.plan import HOLDOUTS, INDEX, LISTS, QUERY, TRAINED, VOTERS, Run
-from kit.rerank import chain
+from kit.rerank import chain, recogniser
 from kit.rerank.chain import Chain
+from kit.rerank.recogniser import Recogniser
 from kit.training import recipes
 
-MODELS, REFERENCE, KNOWN = "models", "reference", "known"  # of datasets
+# of datasets
+MODELS, REFERENCE, KNOWN, DISTRACTORS = "models", "reference", "known", "distractors"
 STORE = ("ids.npy", "vectors.npy", "done.npy", "manifest.json")
 GRAPH = ("rows.npy", "scores.npy", "manifest.json")
 VIEWS = tuple(each.name for each in fields(Views))
@@ -37,6 +43,8 @@ class Contents:
     reference: str  # list that votes; "" where no step asks
     known: str  # list of index images whose features travel, "" for none
     views: Views  # how all of it was looked at
+    task: str = RETRIEVAL
+    distractors: str = ""  # list of images without a landmark, "" for none
 
     @property
     def travels(self) -> str:
@@ -57,10 +65,12 @@ class Contents:
             for model in self.models
             for name in ("model.safetensors", "model.json")
         ]
-        found = {MODELS: [*weights, run.chain]}
-        if reference:
+        plan = recognition_file(run) if self.task == RECOGNITION else run.chain
+        found = {MODELS: [*weights, plan]}
+        named = [name for name in (reference, self.distractors) if name]
+        if named:
             found["lists"] = [
-                run.lists / f"{reference}.{end}" for end in ("csv", "json")
+                run.lists / f"{name}.{end}" for name in named for end in ("csv", "json")
             ]
         there = {
             folder: {path.relative_to(run.work): path for path in paths}
@@ -69,6 +79,8 @@ class Contents:
         stores = {REFERENCE: (reference, reference)}
         if self.travels == KNOWN:  # else the references' features are those
             stores[KNOWN] = (self.known, KNOWN)
+        if self.distractors:
+            stores[DISTRACTORS] = (self.distractors, self.distractors)
         for kind, (images, called) in stores.items():
             for model in self.models if images else ():
                 folder = f"{kind}-{slug(model)}"
@@ -95,41 +107,68 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def find(run: Run, reference: str = "", known: str = "") -> Contents:
-    """What a submission by the run's chain needs.
+def find(
+    run: Run, reference: str = "", known: str = "", task: str = RETRIEVAL
+) -> Contents:
+    """What a submission by the run's chain, or its recogniser, needs.
 
     reference: list that votes, where a step asks; by default all references there are.
-    known: list of index images that need not be looked at again.
+    known: list of index images that need not be looked at again. task: of answering.TASKS.
     """
     recipes.get(run.recipe)  # refuses a name that is not there
-    if not run.chain.exists():
-        raise _missing(run.chain, "04_tune_rerank")
-    plan = chain.load(run.chain)
+    answering.task(task)
+    plan = _plan(run, task, known)
     models = tuple(plan.models)
+    distractors = _distractors(plan)
     abouts = {model: _weights(run, model) for model in models}
     if reference in (QUERY, INDEX):
         raise ValueError(
             f"list {reference} is what the competition shows; name another that votes"
         )
-    if not reference and asks_labels(plan):
+    if not reference and (task == RECOGNITION or asks_labels(plan)):
         reference = _voters(run, models)
     stores = {
         (model, images): _features(run, model, images, about["hash"])
-        for images in dict.fromkeys(filter(None, (reference, known))) or (QUERY,)
+        for images in dict.fromkeys(filter(None, (reference, known, distractors)))
+        or (QUERY,)
         for model, about in abouts.items()
     }
-    if reference:
-        path = run.lists / f"{reference}.csv"
+    for name in filter(None, (reference, distractors)):
+        path = run.lists / f"{name}.csv"
         if not path.exists():
             raise _missing(path, LISTS)
-        images = lists.load(run.lists, reference, ("id",))
+        images = lists.load(run.lists, name, ("id",))
         for model in models:
-            store.expect(stores[model, reference], list_hash=images.hash)
+            store.expect(stores[model, name], list_hash=images.hash)
     specs = {
         model: config.from_dict(nets.NetConfig, about["config"]).input
         for model, about in abouts.items()
     }
-    return Contents(run, models, reference, known, _views(stores, specs))
+    apart = "" if distractors == reference else distractors  # which travels once
+    views = _views(stores, specs)
+    return Contents(run, models, reference, known, views, task, apart)
+
+
+def _plan(run: Run, task: str, known: str) -> Chain | Recogniser:
+    """What was decided on at home."""
+    if task != RECOGNITION:
+        if not run.chain.exists():
+            raise _missing(run.chain, "04_tune_rerank")
+        return chain.load(run.chain)
+    if known:
+        raise ValueError(f"recognition searches no index: list {known} need not travel")
+    return recogniser.load(recognition_file(run))
+
+
+def _distractors(plan: Chain | Recogniser) -> str:
+    """The list of images without a landmark that a recogniser reads, "" for none."""
+    step = plan.step("non_landmark") if isinstance(plan, Recogniser) else None
+    if step is not None and step.images == QUERY:
+        raise ValueError(
+            f"step non_landmark reads list {QUERY}, which is what the competition shows; "
+            "name another list in 07_recognition"
+        )
+    return "" if step is None else step.images
 
 
 def asks_labels(plan: Chain) -> bool:
@@ -153,7 +192,7 @@ def _maker(run: Run, model: str) -> str:
     if model in run.stages:
         return f"02_train_{model}"
     raise FileNotFoundError(
-        f"no {run.runs / model}; model {model} of {run.chain.name} is no stage of recipe "
+        f"no {run.runs / model}; model {model} is no stage of recipe "
         f"{run.recipe}, which has {', '.join(run.stages)}"
     )
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from kit import launch
 from kit.answers import submission
+from kit.answers.submission import Table
 from kit.data import lists, sources
 from kit.kaggle import flat, runtime, wheels
 from kit.pipeline import peak_memory
@@ -39,8 +40,8 @@ class OutOfTime(BaseException):  # no handler of errors on the way may take it f
 class Task(NamedTuple):
     """What a competition shows, and what it wants."""
 
-    query: str = "test"
-    index: str = "index"
+    query: str = "test"  # folders
+    index: str = "index"  # "": only queries are shown, and landmarks are wanted
     public_queries: int = runtime.PUBLIC_QUERIES
     commit_images: int = 0  # queries, and index images, of a commit; 0: all of them
     form: submission.Form = submission.FORM
@@ -108,6 +109,13 @@ class Entry:
         whole[[rows[query] for query in query_ids.tolist()]] = ranked
         submission.write(self.out, self.asked, whole, self.asked, index_ids, self.form)
 
+    def write_landmarks(self, predictions: Table, landmarks: Iterable[str]) -> None:
+        """Predictions (id, landmark, confidence) of some queries, checked; none of the others."""
+        known = frozenset(landmarks)
+        submission.write_landmarks(
+            self.out, predictions, self.asked.tolist(), known, self.form
+        )
+
     def table(self) -> str:
         """Seconds and memory of every step."""
         width = max(len(each.name) for each in self.done)
@@ -118,10 +126,9 @@ class Entry:
         return "\n".join(lines)
 
 
-def at_home(recipe: str, work: Path, data: Path, query: str = QUERY) -> Entry:
-    """A run on a work folder; its answers are the pipeline's."""
-    place = Run(recipe, data, work)
-    return Entry(place, place.submission, lists.load(place.lists, query).ids)
+def at_home(place: Run, out: Path, form: submission.Form, query: str = QUERY) -> Entry:
+    """A run on a work folder, whose answers are written to `out`."""
+    return Entry(place, out, lists.load(place.lists, query).ids, form=form)
 
 
 def on_kaggle(
@@ -152,15 +159,22 @@ def on_kaggle(
         form=task.form,
     )
     with entry.step("sample", math.inf):
-        some = next(sources.image_ids(data / task.index), "")
-        _first_file(entry, data / SAMPLE, some)
+        if task.index:
+            some = next(sources.image_ids(data / task.index), "")
+            _first_file(entry, data / SAMPLE, some)
+        else:
+            _first_landmarks(entry, data / SAMPLE)
     with entry.step("mount"):
         place = entry.place
-        facts = sources.competition(data, task.query, task.index)
+        # an index that nobody asks for may not be there: the queries stand in for it
+        facts = sources.competition(data, task.query, task.index or task.query)
+        wanted = (QUERY, INDEX) if task.index else (QUERY,)
+        if not task.index:
+            facts.index = facts.index.head(0)
         if run.mode is runtime.Mode.COMMIT and task.commit_images:
             facts.query = facts.query.head(task.commit_images)
             facts.index = facts.index.head(task.commit_images)
-        lists.build(facts, data, place.lists, sizes=task.sizes, wanted=(QUERY, INDEX))
+        lists.build(facts, data, place.lists, sizes=task.sizes, wanted=wanted)
         mounts = [runtime.find("dataset", name) for name in datasets]
         flat.link(mounts, place.work)
         seen = runtime.gpus()
@@ -186,6 +200,18 @@ def _first_file(entry: Entry, sample: Path, some: str) -> None:
     for row, images in zip(ranked, answers, strict=True):
         row[: len(images)] = images
     submission.write(entry.out, entry.asked, ranked, asked, form=entry.form)
+
+
+def _first_landmarks(entry: Entry, sample: Path) -> None:
+    """The competition's own sample where it fits the queries, else no prediction at all."""
+    asked = entry.asked.tolist()
+    try:
+        submission.check_landmarks(sample, asked, form=entry.form)
+        found = submission.read_landmarks(sample, entry.form)
+    except (OSError, ValueError) as error:
+        print(f"{SAMPLE} is not used: {error}")
+        found = submission.no_landmarks(asked)
+    submission.write_landmarks(entry.out, found, asked, form=entry.form)
 
 
 @contextmanager

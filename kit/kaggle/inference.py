@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from kit.kaggle.entry import Entry
 from kit.models import net as nets
 from kit.plan import INDEX, QUERY
 from kit.rerank.chain import Chain
+from kit.rerank.recogniser import Recogniser
+
+Plan = TypeVar("Plan", Chain, Recogniser)
 
 LOOK, SHARE = 30.0, 0.002  # seconds of the first look at most, and of the time left
 EACH = 0.01  # seconds of it for every image there is
@@ -34,18 +38,19 @@ UNKNOWN = 0.3  # of the time that is left, kept for them where nothing is measur
 
 def extracted(
     entry: Entry,
-    chain: Chain,
+    chain: Plan,
     views: Views,
     reference: str = "",
     known: str = "",
     batch: int = 32,
     workers: int = 0,
-) -> tuple[Chain, Views]:
-    """Extracts queries and index; the chain and the views that there was time for.
+    shown: tuple[str, ...] = (QUERY, INDEX),
+) -> tuple[Plan, Views]:
+    """Extracts queries and index; the plan and the views that there was time for.
 
     reference: the list that votes. known: the list whose features travelled; its images are
     not looked at again. workers: loader processes of each GPU; 0 for as many as there are cores
-    for it, and none where the cores are all there is.
+    for it, and none where the cores are all there is. shown: the lists that are extracted.
     """
     place = entry.place
     if not workers and entry.gpus:
@@ -63,11 +68,11 @@ def extracted(
         max_unreadable=1.0,  # what can be read is answered
         known=(known,) if known else (),
     )
-    taken, after = _plan(entry, job, reference)
+    taken, after = _plan(entry, job, reference, shown)
     print(taken.statement)
     job = replace(job, models=taken.models, views=replace(views, scales=taken.scales))
     os.environ[launch.STOP_AT] = str(entry.ends - after)
-    for images in (QUERY, INDEX):
+    for images in shown:
         _extract(replace(job, images=images), max(1, entry.gpus))
     weights = {name: w for name, w in chain.models.items() if name in taken.models}
     return replace(chain, models=weights), job.views
@@ -90,14 +95,14 @@ def _extract(job: extract.Job, processes: int) -> None:
 
 
 def _plan(
-    entry: Entry, job: extract.Job, reference: str
+    entry: Entry, job: extract.Job, reference: str, shown: tuple[str, ...]
 ) -> tuple[stepdown.Plan, float]:
     """What there is time for, and the seconds that are kept for everything after it."""
     nothing = np.array([], "U16")
     travelled = [
         store.load(job.features / job.models[0] / name).ids for name in job.known
     ]
-    ids = {name: lists.load(job.lists, name, ("id", "path")) for name in (QUERY, INDEX)}
+    ids = {name: lists.load(job.lists, name, ("id", "path")) for name in shown}
     todo = {
         name: ~np.isin(each.ids, np.concatenate([nothing, *travelled]))
         for name, each in ids.items()
@@ -105,9 +110,9 @@ def _plan(
     voting = job.features / job.models[0] / reference
     images = budget.Images(
         len(ids[QUERY]),
-        len(ids[INDEX]),
+        len(ids.get(INDEX, ())),
         len(store.load(voting)) if reference else 0,
-        known=int((~todo[INDEX]).sum()),
+        known=int((~todo[INDEX]).sum()) if INDEX in todo else 0,
     )
     if any(job.views.of(net.input).template for net in _nets(job).values()):
         told = "what an image costs is not measured with a template"

@@ -13,14 +13,14 @@ from kit.kaggle import manifest
 from kit.kaggle.runtime import Mode
 
 LAYOUTS = ("short", "long", "mixed")
-QUERY, INDEX = "test", "index"  # folders of the competition
+QUERY, INDEX, TRAIN = "test", "index", "train"  # folders of a competition
 SAMPLE = "sample_submission.csv"
 
 
 def images(data: Path, folder: str, mode: Mode) -> list[Path]:
-    """The photos of a run, by id; a rerun has half of them, by a hash of the id."""
+    """The photos of a run, by id; a rerun has half of them, by a hash of the id, but all of train."""
     found = sorted((data / folder).glob("?/?/?/*.jpg"), key=lambda path: path.stem)
-    if mode is not Mode.RERUN:
+    if mode is not Mode.RERUN or folder == TRAIN:
         return found
     by_hash = sorted(found, key=lambda path: files.fingerprint(path.stem))
     return sorted(by_hash[: (len(found) + 1) // 2], key=lambda path: path.stem)
@@ -32,11 +32,12 @@ def fill(
     kernel: Mapping[str, Any],
     photos: Mapping[str, list[Path]],
     layout: str,
+    columns: tuple[str, str] = ("id", "images"),
 ) -> None:
     """Links all that the kernel's metadata names where Kaggle would have it.
 
     Layout short is <slug>; long is competitions/<slug> and datasets/<owner>/<slug>; mixed
-    takes turns.
+    takes turns. photos: of each folder of the competition; columns: of its sample.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -52,7 +53,7 @@ def fill(
             raise ValueError(f"{name}: another source is mounted at {place.name}")
         place.mkdir(parents=True)
         if kind == "competition":
-            _show(photos, place)
+            _show(photos, place, columns)
         elif name not in folders:
             there = ", ".join(folders) or "none"
             raise ValueError(f"dataset {name} is not in {build}; there are {there}")
@@ -74,14 +75,21 @@ def _sources(kernel: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "dataset", "/".join(name.split("/")[:2])
 
 
-def _show(photos: Mapping[str, list[Path]], place: Path) -> None:
-    """The competition's folder: links to photos, and a sample with one answer a query."""
+def _show(
+    photos: Mapping[str, list[Path]], place: Path, columns: tuple[str, str]
+) -> None:
+    """The competition's folder: links to photos, and a sample with one answer a query.
+
+    Without an index an answer is a landmark, with a score.
+    """
     for folder, paths in photos.items():
         (place / folder).mkdir()
         for path in paths:
             own = place.joinpath(folder, *path.parts[-4:])
             own.parent.mkdir(parents=True, exist_ok=True)
             own.symlink_to(path.resolve())
-    some = photos[INDEX][0].stem if photos[INDEX] else ""
-    lines = ["id,images", *(f"{path.stem},{some}" for path in photos[QUERY])]
+    some = "1 0.1"
+    if INDEX in photos:
+        some = photos[INDEX][0].stem if photos[INDEX] else ""
+    lines = [",".join(columns), *(f"{path.stem},{some}" for path in photos[QUERY])]
     files.write_text(place / SAMPLE, "\n".join(lines) + "\n")

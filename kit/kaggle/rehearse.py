@@ -5,15 +5,17 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kit import files
 from kit.answers import submission
-from kit.kaggle import confine, manifest, mounts, runtime, sandbox
-from kit.kaggle.mounts import INDEX, QUERY
+from kit.kaggle import answering, confine, manifest, mounts, runtime, sandbox
+from kit.kaggle.answering import RETRIEVAL
+from kit.kaggle.build import told
+from kit.kaggle.mounts import INDEX, QUERY, TRAIN
 from kit.kaggle.runtime import Mode
 from kit.kaggle.sandbox import Limits
 
@@ -59,18 +61,21 @@ def rehearse(
     ended. Such a run is ok when the file is valid then.
     """
     kernel = files.read_json(build / manifest.SUBMISSION / manifest.KERNEL)
-    queries, index = (mounts.images(data, name, mode) for name in (QUERY, INDEX))
-    if not queries:
+    notebook = build / manifest.SUBMISSION / kernel["code_file"]
+    task = answering.task(told(notebook).get("task", RETRIEVAL))
+    # a competition of landmarks shows train, if anything, but no index
+    folders = (QUERY, INDEX) if len(task.shown) > 1 else (QUERY, TRAIN)
+    photos = {name: mounts.images(data, name, mode) for name in folders}
+    if not photos[QUERY]:
         raise FileNotFoundError(f"no images in {data / QUERY}/a/b/c")
-    check = _check([path.stem for path in queries], [path.stem for path in index])
+    check = _check({name: [it.stem for it in found] for name, found in photos.items()})
     with tempfile.TemporaryDirectory(
         prefix="kaggle-", ignore_cleanup_errors=True
     ) as folder:
         root = Path(folder)
-        photos = {QUERY: queries, INDEX: index}
-        mounts.fill(root / "input", build, kernel, photos, layout)
+        mounts.fill(root / "input", build, kernel, photos, layout, task.form.columns)
         with sandbox.confined(
-            _command(build / manifest.SUBMISSION / kernel["code_file"], root),
+            _command(notebook, root),
             root,
             limits,
             variables=_variables(mode),
@@ -159,14 +164,20 @@ class _Look:
         return self.seen != before
 
 
-def _check(queries: list[str], index: list[str]) -> Callable[[Path], str]:
-    """What is wrong with a submission.csv, in one line; nothing when it is valid."""
+def _check(ids: Mapping[str, list[str]]) -> Callable[[Path], str]:
+    """What is wrong with a submission.csv, in one line; nothing when it is valid.
+
+    ids: of the competition's folders; without an index landmarks are answered.
+    """
 
     def fault(path: Path) -> str:
         if not path.is_file():
             return f"there is no {RESULT}"
         try:
-            submission.check(path, queries, index)
+            if INDEX in ids:
+                submission.check(path, ids[QUERY], ids[INDEX])
+            else:
+                submission.check_landmarks(path, ids[QUERY])
         except (OSError, ValueError) as error:
             return " ".join(str(error).replace(str(path), RESULT).split())[:300]
         return ""

@@ -22,10 +22,10 @@ from kit.data import lists, sources
 from kit.data.inputs import InputSpec
 from kit.features import store
 from kit.features.views import Views
-from kit.kaggle import build, check, contents, flat, manifest
+from kit.kaggle import answering, build, check, contents, flat, manifest
 from kit.models import net as nets
 from kit.plan import Run
-from kit.rerank import chain
+from kit.rerank import chain, recogniser
 from kit.rerank.chain import Chain
 from kit.rerank.steps import STEPS, AlphaQe, LandmarkCountry
 from tests.answers.scenes import scene
@@ -340,6 +340,111 @@ def test_a_step_asks_for_labels_exactly_if_it_fails_without_voters(name):
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         said = str(error)
     assert contents.asks_labels(plan) == ("references that vote" in said), said
+
+
+@pytest.fixture
+def recognising(run):
+    """The work folder without a chain, but with a recogniser that reads the index list."""
+    run.chain.unlink()
+    steps = (recogniser.Vote(), recogniser.NonLandmark(images="index"))
+    plan = recogniser.Recogniser(MODELS, steps)
+    recogniser.save(plan, answering.recognition_file(run))
+    return run
+
+
+def test_recognition_takes_references_and_images_without_a_landmark(
+    recognising, tmp_path
+):
+    found = contents.find(recognising, task="recognition")
+    shown = found.reference, found.known, found.distractors, found.views
+    assert shown == ("index_train", "", "index", VIEWS)
+    parameters = PARAMETERS + '\ntask: str = "retrieval"  # or recognition'
+    note = notebook(tmp_path, parameters)
+    order = replace(ORDER, competition="landmark-recognition-2021")
+    out = build.build(tmp_path / "build", found, order, ROOT, note)
+    assert check.problems(out) == []
+    held = {folder.name: folder for folder in manifest.datasets(out)}
+    kinds = [f"{kind}-{m}" for kind in ("distractors", "reference") for m in MODELS]
+    assert sorted(held) == sorted(["kit", "lists", "models", *kinds])
+    names = {path.name for path in held["models"].iterdir()}
+    assert "answers__toy__recognition.json" in names
+    assert "answers__toy__chain.json" not in names
+    names = {path.name for path in held["distractors-c2x"].iterdir()}
+    assert {f"features__toy__c2x__index__{name}" for name in STORE} <= names
+    names = {path.name for path in held["lists"].iterdir()}
+    assert {"lists__index.csv", "lists__index_train.json"} <= names
+    told = build.told(out / "submission" / note.name)
+    assert (told["task"], told["known"]) == ("recognition", "")
+    assert told["competition"] == "landmark-recognition-2021"
+
+
+def test_a_list_that_is_reference_and_distractor_travels_once(recognising):
+    found = contents.find(recognising, reference="index_train", task="recognition")
+    assert found.distractors == "index"
+    steps = (recogniser.Vote(), recogniser.NonLandmark(images="index_train"))
+    plan = recogniser.Recogniser(MODELS, steps)
+    recogniser.save(plan, answering.recognition_file(recognising))
+    found = contents.find(recognising, task="recognition")
+    assert not any(name.startswith("distractors") for name in found.datasets())
+    assert len(found.datasets()["lists"]) == 2
+
+
+def test_without_that_step_no_list_but_the_references_travels(recognising):
+    plan = recogniser.Recogniser(MODELS)
+    recogniser.save(plan, answering.recognition_file(recognising))
+    found = contents.find(recognising, task="recognition")
+    assert (found.reference, found.distractors) == ("index_train", "")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (
+            lambda run: answering.recognition_file(run).unlink(),
+            "no /.*/recognition.json; run 07_recognition first",
+        ),
+        (
+            lambda run: [
+                shutil.rmtree(run.features / "c2x" / name)
+                for name in ("index_train", "index_train_holdout")
+            ],
+            "step 03_features_trained of scripts/run_pipeline.py makes it",
+        ),
+        (
+            lambda run: shutil.rmtree(run.features / "clean" / "index"),
+            "clean/index; step 03_features_trained",
+        ),
+        (
+            lambda run: (run.lists / "index.csv").unlink(),
+            "lists/index.csv; step 00_image_lists",
+        ),
+    ],
+)
+def test_what_recognition_lacks_is_told(recognising, spoil, words):
+    spoil(recognising)
+    with pytest.raises(FileNotFoundError, match=words):
+        contents.find(recognising, task="recognition")
+
+
+def test_recognition_is_refused_what_it_cannot_use(recognising):
+    with pytest.raises(ValueError, match="searches no index: list index need not"):
+        contents.find(recognising, known="index", task="recognition")
+    with pytest.raises(ValueError, match="'tagging' is not one of retrieval, recog"):
+        contents.find(recognising, task="tagging")
+    plan = recogniser.Recogniser(
+        MODELS, (recogniser.Vote(), recogniser.NonLandmark(images="query"))
+    )
+    recogniser.save(plan, answering.recognition_file(recognising))
+    with pytest.raises(ValueError, match="reads list query, which is what the compet"):
+        contents.find(recognising, task="recognition")
+
+
+def test_a_notebook_without_injected_parameters_was_told_nothing(tmp_path):
+    path = notebook(tmp_path)
+    text = json.loads(path.read_text())
+    text["cells"] = [c for c in text["cells"] if c.get("id") != "earlier"]
+    path.write_text(json.dumps(text))
+    assert build.told(path) == {}
 
 
 def test_references_that_hold_the_known_images_travel_once(run):

@@ -1,9 +1,11 @@
 import json
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -107,6 +109,67 @@ def test_the_files_are_as_the_competition_wants_them(root):
     ranked = np.array([[INDEX[3], INDEX[1]]] * 3)  # one more than is asked for
     run.write(np.array(QUERIES), ranked, np.array(INDEX))
     assert submission.read(run.out, form)[QUERIES[0]] == [INDEX[3]]
+
+
+# Recognition
+
+
+def recognise(root, public: int = 3) -> entry.Entry:
+    """A competition whose index is not there."""
+    shutil.rmtree(root / "input" / COMPETITION / "index", ignore_errors=True)
+    form = submission.LANDMARKS
+    task = entry.Task("test", "", public_queries=public, form=form)
+    datasets = [f"{OWNER}/toy-models"]
+    return entry.on_kaggle("toy", COMPETITION, datasets, task, 9.0, time.time())
+
+
+def test_the_first_landmarks_are_the_sample_that_the_competition_gives(root):
+    sample = root / "input" / COMPETITION / entry.SAMPLE
+    lines = [f"{name},137790 0.1" for name in QUERIES[:2]] + [f"{QUERIES[2]},"]
+    sample.write_text("\n".join(["id,landmarks", *lines]) + "\n")
+    found = submission.read_landmarks(recognise(root).out)
+    assert found["landmark"].tolist() == ["137790", "137790", ""]
+    assert found["confidence"].tolist() == [0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("spoil", ["absent", "other", "two"])
+def test_without_a_sample_of_these_queries_nothing_is_predicted(root, capsys, spoil):
+    sample = root / "input" / COMPETITION / entry.SAMPLE
+    sample.unlink()
+    if spoil == "other":
+        sample.write_text(f"id,landmarks\n{INDEX[1]},5 0.1\n")
+    elif spoil == "two":
+        lines = [f"{name},5 0.1 6 0.2" for name in QUERIES]
+        sample.write_text("\n".join(["id,landmarks", *lines]) + "\n")
+    found = submission.read_landmarks(recognise(root).out)
+    assert found["id"].tolist() == sorted(QUERIES)
+    assert set(found["landmark"]) == {""}
+    assert f"{entry.SAMPLE} is not used: " in capsys.readouterr().out
+
+
+def test_recognition_lists_queries_and_no_index(root):
+    run = recognise(root)
+    assert lists.load(run.place.lists, "query").ids.tolist() == sorted(QUERIES)
+    assert not (run.place.lists / "index.csv").exists()
+    assert run.place.chain.exists()  # what travelled is linked
+
+
+def test_landmarks_are_written_checked_and_none_for_the_other_queries(root):
+    run = recognise(root)
+    made = pd.DataFrame(
+        {"id": QUERIES[:2], "landmark": ["7", ""], "confidence": [0.5, 0.0]}
+    )
+    run.write_landmarks(made, ["7", "8"])
+    found = submission.read_landmarks(run.out).set_index("id")
+    assert found["landmark"].to_dict() == {
+        QUERIES[0]: "7",
+        QUERIES[1]: "",
+        QUERIES[2]: "",
+    }
+    before = run.out.read_text()
+    with pytest.raises(ValueError, match="answers 7, which no reference shows"):
+        run.write_landmarks(made, ["8"])
+    assert run.out.read_text() == before
 
 
 # What is mounted

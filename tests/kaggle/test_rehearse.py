@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.answers import submission
 from kit.kaggle import manifest, mounts, rehearse, sandbox
 from kit.kaggle.rehearse import Rehearsal
 from kit.kaggle.runtime import Mode
@@ -227,6 +228,56 @@ def test_answers_that_are_not_in_the_index_are_no_answers(build, data):
     assert not run.valid and run.problem.endswith(
         "answers no, which is not in the index"
     )
+
+
+LIST = """\
+place = sample.parent
+shown = {it.name: len(list(it.rglob("*.jpg"))) for it in place.iterdir() if it.is_dir()}
+print("shown", sorted(shown.items()))
+"""
+
+
+@pytest.fixture
+def recognising(build, data):
+    """A build whose notebook was told to recognise, and three photos of train."""
+    for number in range(3):
+        path = data / "train" / "f" / f"{number}" / "0" / f"f{number}00.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_text("photo")
+
+    def recognising(*cells):
+        made = build(*cells)
+        path = made / "submission" / "05.ipynb"
+        notebook = json.loads(path.read_text())
+        told = notebook["cells"][0] | {
+            "id": "told",
+            "metadata": {"tags": ["injected-parameters"]},
+            "source": ["# Parameters\n", "task = 'recognition'"],
+        }
+        notebook["cells"].insert(0, told)
+        path.write_text(json.dumps(notebook))
+        return made
+
+    return recognising
+
+
+@pytest.mark.parametrize(("mode", "queries"), [(Mode.COMMIT, 4), (Mode.RERUN, 2)])
+def test_recognition_is_shown_queries_and_all_of_train_but_no_index(
+    recognising, data, tmp_path, mode, queries
+):
+    run = rehearse.rehearse(recognising(LIST, COPY), data, mode=mode, keep=tmp_path)
+    assert run.ok, (run.problem, run.error)
+    found = submission.read_landmarks(run.submission)
+    assert len(found) == queries and set(found["landmark"]) == {"1"}
+    text = (run.submission.parent / "executed.ipynb").read_text()
+    assert f"shown [('test', {queries}), ('train', 3)]" in text
+
+
+def test_two_landmarks_of_a_query_are_no_answer(recognising, data):
+    cell = "text = sample.read_text().replace('1 0.1', '1 0.1 2 0.2')\n"
+    cell += "open('submission.csv', 'w').write(text)"
+    run = rehearse.rehearse(recognising(cell), data)
+    assert not run.ok and "not one landmark and its score" in run.problem
 
 
 WRITE = "next((root / 'input').rglob('kit.txt')).open('a').write('more')\n"
