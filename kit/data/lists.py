@@ -7,7 +7,7 @@ train knows), `all` (index_train and the test images), `gld_v1` (the first gener
 their own). `index_train_holdout` and `all_holdout` are
 the last two without any validation query and any image of the index that validation searches:
 whatever trains or votes for an offline number is made of these. No image of an exclusion list
-(kit.data.audit) is in a list that can be trained on.
+(kit.data.exclusions) is in a list that can be trained on.
 
 Definitions: 2nd place of Google Landmark Retrieval 2021, with its silent drops counted.
 """
