@@ -1,7 +1,7 @@
 """What a download could not have or would not keep -> CSVs beside the data."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,18 @@ def write(
         for path, reason in record.get("unreadable", {}).items()
     ]
     rows(out / "unreadable.csv", ("path", "reason"), unreadable)
+
+
+def summary(records: Collection[Mapping[str, Any]]) -> str:
+    """One line about the tars that are done."""
+    counts = {
+        "images": sum(record["images"] for record in records),
+        "unreadable ones": sum(len(r.get("unreadable", {})) for r in records),
+        "refused members": sum(len(record["refused"]) for record in records),
+        "files that are no images": sum(record["strange"] for record in records),
+    }
+    found = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "no image"
+    return f"{len(records)} tars: {found}"
 
 
 def rows(path: Path, columns: Sequence[str], values: Iterable[Sequence[str]]) -> None:

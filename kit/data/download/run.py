@@ -54,6 +54,7 @@ def run(
         done = [tar for tar in order.tars(source) if order.is_done(tar)]
         records = {tar: files.read_json(order.record(tar)) for tar in done}
         reports.write(order.out, [(error.url, str(error)) for error in bad], records)
+    log.info(reports.summary(records.values()))
     return bad
 
 
@@ -139,6 +140,11 @@ def _fetch_images(
     part = None
     if order.landmarks:
         part = parts.choose(order.metadata, order.landmarks, order.seed)
+        told = ", ".join(f"{len(part.ids[s])} of {s}" for s in order.splits)
+        log.info(
+            "%d landmarks, images: %s; all tars are read for them",
+            *(len(part.landmarks), told),
+        )
     splits = [s for s in order.splits if part is None or part.ids[s]]
     for split in sorted({*order.splits} - {*splits}):
         log.info("%s: no image of these landmarks, left out", split)
@@ -186,10 +192,9 @@ def _fetch_tar(
         path.unlink()
         raise Failed(url, str(error)) from None
     record = {"url": url, "bytes": path.stat().st_size, "md5": expected}
-    record |= found.counts
+    record |= found.counts | {"images": len(found.images)}
     if order.kind == "images":
         unpack.extract(path, found, order.out / tar.split)
-        record["images"] = len(found.images)
     elif order.kind == "shards":
         shard = order.shard(tar)
         record |= unpack.pack(path, found, shard, pool, order.side, order.quality)

@@ -279,7 +279,9 @@ def _known(part: Path, url: str) -> Version | None:
         version = Version(**files.read_json(_note(part)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return version if version.url == url and version.tag else None
+    # without a length nobody could tell whether what follows is all
+    known = version.url == url and version.tag and version.size >= 0
+    return version if known else None
 
 
 def _promised(url: str, answer: HTTPResponse) -> Version:

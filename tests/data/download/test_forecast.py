@@ -28,6 +28,17 @@ def test_sizes_that_a_server_tells_count():
     assert "500 sizes from the server, 120 as the dataset's page says about" in told[3]
 
 
+def test_a_server_that_does_not_tell_the_first_size_is_not_asked_for_more():
+    asked = []
+
+    class Silent:
+        def size(self, url):
+            asked.append(url)
+
+    cost = forecast.forecast(KNOWN, ALL, "tars", 0, 1.0, 4, Silent())
+    assert cost.told == 0 and cost.bytes == 595e9 and len(asked) == 1
+
+
 def test_originals_pass_through_as_many_at_a_time_as_jobs():
     images = forecast.forecast(KNOWN, ALL, "images", 0, 0.5, 8)
     assert images.kept == 595e9 / 2 and images.passing == 8e9
@@ -35,6 +46,10 @@ def test_originals_pass_through_as_many_at_a_time_as_jobs():
     assert shards.kept == 595e9 / 4 and shards.bytes == 595e9
     large = forecast.forecast(KNOWN, ALL, "shards", 3000, 1.0, 8)
     assert large.kept == 595e9  # no picture grows
+    assert shards.shrinking == 595e9 / 12e6 and images.shrinking == 0
+    told = forecast.lines(shards, None, 0)
+    assert "shrinking: about 13.8 hours of one core" in told
+    assert not any("shrinking" in line for line in forecast.lines(images, None, 0))
 
 
 def test_hours_follow_the_rate_and_an_assumed_one_is_called_so():
@@ -48,7 +63,7 @@ def test_room_is_asked_of_the_disk_where_the_folder_will_be(monkeypatch, tmp_pat
     assert forecast.free_bytes(deep) == pytest.approx(
         forecast.free_bytes(tmp_path), rel=0.05
     )
-    cost = forecast.Forecast({}, 0, round(5 * GB), round(2 * GB))
+    cost = forecast.Forecast({}, 0, round(5 * GB), round(2 * GB), 0.0)
     monkeypatch.setattr(forecast, "free_bytes", lambda path: 7 * GB)
     forecast.refuse_full_disk(cost, deep)
     monkeypatch.setattr(forecast, "free_bytes", lambda path: 7 * GB - 1)

@@ -19,7 +19,15 @@ from kit.data.download import batch, official, run, unpack
 from kit.data.download.order import Order, numbers
 from kit.data.images import decode
 from kit.data.readers import Folder, Tars, UnreadableImage, open_reader
-from tests.gldv2_stub import COUNTS, Fault, pack, put, write_official
+from tests.gldv2_stub import (
+    COUNTS,
+    Fault,
+    Stub,
+    offered,
+    pack,
+    put,
+    write_official,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 CODES = ["FR", "JP", "NA", "XK", "OTHER"]
@@ -103,6 +111,21 @@ def test_a_second_call_asks_for_nothing(kind, source, client, tmp_path, server):
     assert server.heard == [] and tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("kind", ["tars", "shards"])
+def test_what_was_deleted_or_cut_comes_back(kind, source, client, tmp_path, server):
+    out = tmp_path / "out"
+    go(out, source, client, kind=kind)
+    before = tree(out)
+    first, second = sorted((out / "train").glob("*.tar"))[:2]
+    first.unlink()
+    if kind == "tars":
+        second.write_bytes(second.read_bytes()[:-512])
+    server.heard.clear()
+    assert go(out, source, client, kind=kind) == [] and tree(out) == before
+    asked = [path for _, path, _ in server.heard if path.endswith(".tar")]
+    assert len(asked) == (2 if kind == "tars" else 1)
+
+
 def test_shards_do_not_depend_on_the_number_of_jobs_and_threads(
     source, client, tmp_path
 ):
@@ -148,6 +171,30 @@ def test_some_tars_come_with_the_tables_of_what_is_in_them(
     assert go(out, source, client) == []
     for place in source.tables:
         assert (out / place).read_bytes() == (toy / place).read_bytes()
+
+
+@pytest.mark.slow
+def test_real_photos_come_as_they_are_but_smaller(photos, client, tmp_path):
+    data, out = photos / "packages", tmp_path / "out"
+    facts = write_official(tmp_path / "official.json")
+    with Stub(offered(data)) as stub:
+        source = official.read(facts, f"{stub.url}/gl", f"{stub.url}/gld")
+        codes = [p.stem for p in (data / "train/country").glob("*.json")] or CODES
+        order = Order(out, kind="shards", side=128)
+        bad = [str(error) for error in run.run(order, source, client, codes)]
+    assert [reason for reason in bad if "countries" not in reason] == []
+    reader = open_reader(out)
+    unreadable = {row["path"] for row in table(out / "unreadable.csv")}
+    for path in pictures(data):
+        assert reader.exists(path) == (path not in unreadable)
+        try:
+            size = decode((data / path).read_bytes(), path).shape[:2]
+        except UnreadableImage:
+            assert path in unreadable
+        else:
+            expected = shards.shrunk(np.empty((*size, 3), np.uint8), 128).shape
+            assert decode(reader.read(path), path).shape == expected
+    assert listed(out, tmp_path / "ours")[1] == listed(data, tmp_path / "theirs")[1]
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("shards", None), ("images", 7)])
@@ -284,6 +331,17 @@ def test_a_server_that_only_fails_is_left_alone(
     assert "not tried: 2 before it failed in a row" in bad.values()
 
 
+def test_failures_among_others_do_not_end_the_run(
+    monkeypatch, source, client, tmp_path, server
+):
+    monkeypatch.setattr(batch, "GIVING_UP", 2)
+    server.on_get = lambda path: time.sleep(0.05)
+    for number in (0, 2):
+        del server.files[f"gl/train/images_00{number}.tar"]
+    bad = reasons(go(tmp_path / "out", source, client, jobs=1))
+    assert set(bad) == {"/train/images_000.tar", "/train/images_002.tar"}
+
+
 # --- what a tar may hold ------------------------------------------------------------------------
 
 
@@ -315,7 +373,10 @@ def hostile(good):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hostile_members_stay_in_the_tar(kind, toy, source, client, tmp_path, server):
+def test_hostile_members_stay_in_the_tar(
+    kind, toy, source, client, tmp_path, server, caplog
+):
+    caplog.set_level("INFO")
     paths = pictures(toy / "train")[0 :: COUNTS["train"]][:2]
     good = {path: (toy / "train" / path).read_bytes() for path in paths}
     put(server.files, "train", 0, hostile(good))
@@ -336,6 +397,11 @@ def test_hostile_members_stay_in_the_tar(kind, toy, source, client, tmp_path, se
     for path in paths:
         assert reader.exists(f"train/{path}")
     assert not reader.exists("train/README.txt")
+    told = [r.getMessage() for r in caplog.records if r.name == run.__name__]
+    count = len(pictures(toy)) - len(pictures(toy / "train")[0 :: COUNTS["train"]]) + 2
+    bad = len(table(outer / "out/unreadable.csv"))
+    some = f"{count - bad} images, {bad} unreadable ones" if bad else f"{count} images"
+    assert f"7 tars: {some}, 8 refused members, 3 files that are no images" in told
     record = files.read_json(outer / "out/download/train_000.json")
     assert record["strange"] == 3 and record["images"] == 2
 

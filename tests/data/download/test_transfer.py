@@ -6,10 +6,11 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 
-from kit.data.download.headers import asked_wait
+from kit.data.download.headers import Version, asked_wait, follows
 from kit.data.download.transfer import Client, Failed, Patience, Stopped, Wrong
 from tests.gldv2_stub import Fault, Stub, wait_for
 
@@ -93,6 +94,25 @@ def test_a_longer_file_of_the_same_time_is_another_one(stub, tmp_path):
     stub.files["a.tar"] = DATA[::-1] + b"more"
     stub.faults["a.tar"] = [Fault(wild=True, headers=bare)]
     assert fetch(stub, tmp_path).read_bytes() == DATA[::-1] + b"more"
+
+
+@pytest.mark.parametrize(
+    ("span", "tag", "expected"),
+    [
+        ("bytes 5-9/10", '"a"', True),
+        ("bytes 5-9/*", '"a"', True),
+        ("bytes 5-9/10", "", True),
+        ("bytes 5-9/10", 'W/"b"', True),
+        ("bytes 5-9/10", '"b"', False),
+        ("bytes 5-9/11", '"a"', False),
+        ("bytes 50-99/10", '"a"', False),
+        ("bytes 4-9/10", '"a"', False),
+        ("", '"a"', False),
+    ],
+)
+def test_only_the_rest_of_the_same_file_follows(span, tag, expected):
+    answer = SimpleNamespace(headers={"Content-Range": span, "ETag": tag})
+    assert follows(answer, Version("", '"a"', 10), 5) is expected
 
 
 def test_a_server_without_ranges_starts_anew(stub, tmp_path):
@@ -213,6 +233,10 @@ def test_a_chunked_answer_is_whole_where_it_ends(stub, tmp_path):
     cut = Fault(chunked=True, keep=100_000)
     stub.faults["a.tar"] = [cut, Fault(chunked=True)]
     assert whole(fetch(stub, tmp_path))
+    assert stub.asked("a.tar") == [
+        "",
+        "",
+    ]  # of what length a rest would be nobody knows
 
 
 def test_without_a_length_nothing_is_believed(stub, tmp_path):
