@@ -221,7 +221,41 @@ def test_equal_descriptors_match_once_and_fail_the_ratio_test():
     assert len(matching.Nearest(0.99)(described(one.descriptors[:2] * 0.5), one)) == 0
 
 
-@pytest.mark.parametrize("match", [matching.Nearest(), matching.Nearest(0.8)])
+def slow_ranked(one, other, least: float) -> set[tuple[float, tuple[int, int]]]:
+    """The nearest of either side; whether they are each other's, how near, and which."""
+    a, b = (x.descriptors.astype(np.float64) for x in (one, other))
+    cosines = np.array([[float(u @ v) for v in b] for u in a])
+    forth = {(i, int(cosines[i].argmax())) for i in range(len(a))}
+    back = {(int(cosines[:, j].argmax()), j) for j in range(len(b))}
+    return {
+        ((i, j) in forth & back, cosines[i, j], (i, j))
+        for i, j in forth | back
+        if cosines[i, j] >= least
+    }
+
+
+@pytest.mark.parametrize("least", [-1, 0.3, 0.7])
+@pytest.mark.parametrize("counts", [(1, 1), (1, 5), (7, 1), (40, 60)])
+def test_ranked_matches_its_definition(least, counts):
+    rng = np.random.default_rng(counts[0])
+    one, other = (described(unit(rng, count, 4)) for count in counts)
+    for a, b in ((one, other), (other, one)):
+        found = list(map(tuple, matching.Ranked(least)(a, b).tolist()))
+        expected = slow_ranked(a, b, least)
+        assert len(found) == len(set(found))
+        best = sorted(expected, key=lambda told: (not told[0], -told[1]))
+        assert found == [pair for _, _, pair in best]
+
+
+def test_of_equal_descriptors_ranked_takes_the_lower_row():
+    one = described(np.repeat(unit(np.random.default_rng(0), 1), 3, axis=0))
+    pairs = matching.Ranked()(one, one).tolist()
+    assert pairs == [[0, 0], [1, 0], [2, 0], [0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    "match", [matching.Nearest(), matching.Nearest(0.8), matching.Ranked()]
+)
 def test_no_keypoints_match_nothing(match):
     empty, some = described(np.zeros((0, 16))), described(np.eye(16))
     for one, other in ((empty, some), (some, empty), (empty, empty)):
@@ -250,6 +284,27 @@ def test_the_planted_inliers_are_found(model):
     assert found[:60].sum() >= 57
     # a homography is a plane: many fundamental matrices explain it, and some strays too
     assert found[60:].sum() <= (15 if model == "fundamental" else 3)
+
+
+def test_progressive_sampling_begins_with_the_first_matches():
+    """24 true matches of 1,200, the first ones or at random places."""
+    rng = np.random.default_rng(0)
+    points, there = rng.uniform(20, 300, (1200, 2)), rng.uniform(0, 300, (1200, 2))
+    matrix = homography(1)
+    matrix[2] = [0, 0, 1]
+    there[:24] = moved(points[:24], matrix)
+    few = Geometry(threshold=2, iterations=300, sampling="progressive")
+    order = rng.permutation(1200)
+    first = verification.inliers(points, there, few)[:24].sum()
+    mixed = verification.inliers(points[order], there[order], few)[order < 24].sum()
+    assert first == 24 and mixed < 12
+
+
+def test_progressive_sampling_takes_ranked_matches():
+    progressive = Geometry(sampling="progressive")
+    with pytest.raises(ValueError, match="matches best first; match with Ranked"):
+        Backend(geometry=progressive)
+    Backend(match=matching.Ranked(), geometry=progressive)
 
 
 def test_a_tighter_threshold_explains_fewer():
@@ -288,6 +343,8 @@ def test_points_that_fall_together_count_once():
 def test_an_unknown_geometry_or_backend_lists_the_choices():
     with pytest.raises(ValueError, match="affine, homography, fundamental"):
         Geometry("rigid")
+    with pytest.raises(ValueError, match="no sampling best; there are uniform, prog"):
+        Geometry(sampling="best")
     with pytest.raises(ValueError, match="sift, xfeat"):
         verification.backend("superglue")
 
@@ -348,6 +405,23 @@ def test_the_order_and_the_numbers_of_images_do_not_matter(images):
     np.testing.assert_array_equal(
         verification.verify(new[pairs], renumbered, SIFT), found
     )
+
+
+@pytest.mark.parametrize("way", [
+    SIFT,
+    Backend(match=matching.Ranked(0.8), geometry=Geometry(sampling="progressive")),
+])  # fmt: skip
+def test_the_matches_of_a_pair_are_those_that_are_counted(images, way):
+    for a, b in ((0, 1), (1, 4), (2, 3)):
+        pairs = verification.explained(images[a], images[b], way)
+        other = verification.explained(images[b], images[a], way)
+        assert set(map(tuple, pairs)) == set(map(tuple, other[:, ::-1]))
+        places = (
+            {tuple((x.keypoints[at] // way.geometry.cell).tolist()) for at in side}
+            for x, side in zip((images[a], images[b]), pairs.T, strict=True)
+        )
+        assert verification.count(images[a], images[b], way) == min(map(len, places))
+    assert verification.count(images[0], images[1], way) > 60
 
 
 def test_the_number_of_processes_does_not_matter(images, monkeypatch):

@@ -1,4 +1,4 @@
-"""Two images' local features -> pairs of keypoints that look alike, one to one."""
+"""Two images' local features -> pairs of keypoints that look alike."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class Nearest:
-    """Mutual nearest neighbours that pass Lowe's ratio test in both directions."""
+    """Mutual nearest neighbours that pass Lowe's ratio test in both directions, one to one."""
 
     ratio: float = 1.0  # of the distances to the nearest and the second; 1: no test
     least: float = -1.0  # cosine of a match
@@ -29,11 +29,7 @@ class Nearest:
     def __call__(self, one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
         if not len(one) or not len(other):
             return np.zeros((0, 2), np.int64)
-        left, right = (
-            torch.from_numpy(np.asarray(features.descriptors)).float()
-            for features in (one, other)
-        )
-        cosines = (left @ right.T).numpy()
+        cosines = _cosines(one, other)
         rows, columns = np.arange(len(one)), cosines.argmax(axis=1)
         best = cosines[rows, columns]
         mutual = (best == cosines.max(axis=0)[columns]) & (best >= self.least)
@@ -47,6 +43,49 @@ class Nearest:
             clear = distance(best) <= self.ratio * distance(second)
             rows, columns = rows[clear], columns[clear]
         return np.stack([rows, columns], axis=1)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The nearest of each keypoint of either side: mutual ones first, then others, best first.
+
+    As many true matches as there are to be had, for a geometry that samples progressively.
+    """
+
+    least: float = -1.0  # cosine of a match
+
+    def __call__(self, one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
+        if not len(one) or not len(other):
+            return np.zeros((0, 2), np.int64)
+        cosines = _cosines(one, other)
+        rows, columns = _highest(cosines), cosines.argmax(axis=1)
+        forth = np.stack([np.arange(len(one)), columns], axis=1)
+        back = np.stack([rows, np.arange(len(other))], axis=1)
+        single = columns[rows] != np.arange(len(other))  # not in `forth` already
+        mutual = np.r_[
+            rows[columns] == np.arange(len(one)), np.zeros(single.sum(), bool)
+        ]
+        pairs = np.concatenate([forth, back[single]])
+        best = cosines[pairs[:, 0], pairs[:, 1]]
+        order = np.lexsort([-best, ~mutual])
+        return pairs[order[best[order] >= self.least]]
+
+
+def _cosines(one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
+    left, right = (
+        torch.from_numpy(np.asarray(features.descriptors)).float()
+        for features in (one, other)
+    )
+    return (left @ right.T).numpy()
+
+
+def _highest(cosines: np.ndarray) -> np.ndarray:
+    """argmax over the rows in less time: NumPy's own walks down each column."""
+    at = np.flatnonzero(cosines == cosines.max(axis=0))
+    rows, columns = np.divmod(at, cosines.shape[1])
+    found = np.zeros(cosines.shape[1], np.int64)
+    found[columns[::-1]] = rows[::-1]  # of equals the lower row stays
+    return found
 
 
 def distance(cosines: np.ndarray) -> np.ndarray:
