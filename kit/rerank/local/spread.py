@@ -1,5 +1,7 @@
 """Independent pieces of work over processes, each with one thread: results do not depend on how many."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +10,8 @@ from typing import Any
 
 import cv2
 import torch
+
+from kit.nodes.agent import end_with
 
 _given: list[tuple] = []  # in a worker: what every piece shares, sent once
 
@@ -25,8 +29,9 @@ def run(
                 result = function(piece, *shared)
             yield result
         return
+    given = os.getpid(), function, *shared
     pool = ProcessPoolExecutor(
-        min(processes, len(pieces)), get_context("spawn"), _start, (function, *shared)
+        min(processes, len(pieces)), get_context("spawn"), _start, given
     )
     with pool:
         try:
@@ -47,7 +52,8 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(threads[1])
 
 
-def _start(*given: Any) -> None:
+def _start(parent: int, *given: Any) -> None:
+    end_with(parent, signal.SIGKILL)  # a parent that is killed leaves nobody behind
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     _given[:] = [given]
