@@ -1,0 +1,122 @@
+"""The inliers of a list's pairs of candidates, on disk.
+
+<folder>/manifest.json    list, features, backend and its parameters, candidates an image; at the
+                          end `complete`, blocks, pairs, unreadable (paths)
+         candidates.npy   (N, most) int32 rows of the list, best first; -1 where there are no more
+         00000.npy        of a block of landmarks, (P, 4) int32: two rows of the list, the lower
+                          one first; their inliers; whose candidate is whose (1: the second is
+                          one of the first's, 2: the first one of the second's, 3: both)
+         00000.json       paths of its images that could not be read, if there are any
+
+A block is written once, whole. `kit.answers.cleaning.pairs` fills it.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kit
+from kit import files
+
+FIRST, SECOND = 1, 2  # the other image is a candidate of the pair's first, its second
+
+
+class Verified:
+    """A finished verification, open for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        about = folder / "manifest.json"
+        if not about.exists():
+            raise FileNotFoundError(f"no verified pairs in {folder}; verify them first")
+        self.folder, self.manifest = folder, files.read_json(about)
+        if not self.manifest["complete"]:
+            raise ValueError(f"{folder}: not all pairs are verified; go on with it")
+        self.candidates = np.load(
+            folder / "candidates.npy", mmap_mode="r", allow_pickle=False
+        )
+
+    def __len__(self) -> int:
+        """How many images the list has."""
+        return len(self.candidates)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """(P, 4) int32, see the module."""
+        for number in range(self.manifest["blocks"]):
+            yield np.load(path(self.folder, number), allow_pickle=False)
+
+    def directed(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Images (P,), a candidate of each, and their inliers; a mutual pair comes twice."""
+        for block in self.blocks():
+            one, other, count, whose = block.T
+            for image, candidate, bit in ((one, other, FIRST), (other, one, SECOND)):
+                there = (whose & bit) > 0
+                yield image[there], candidate[there], count[there]
+
+    def inliers(self, rows: np.ndarray) -> np.ndarray:
+        """(n, most) inliers of the images `rows` with their candidates; -1 where there is none."""
+        asked = self.candidates[rows]
+        keys = np.asarray(rows, np.int64)[:, None] * len(self) + asked
+        keys[asked < 0] = -1
+        order = keys.ravel().argsort(kind="stable")
+        ranked, found = keys.ravel()[order], np.full(keys.size, -1, np.int32)
+        for image, candidate, count in self.directed():
+            key = image.astype(np.int64) * len(self) + candidate
+            first, end = (
+                np.searchsorted(ranked, key, side) for side in ("left", "right")
+            )
+            for here in np.flatnonzero(end > first):  # a row may be asked for twice
+                found[order[first[here] : end[here]]] = count[here]
+        return found.reshape(asked.shape)
+
+
+def begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of what is there or begins here; refuses pairs that were `made` otherwise."""
+    about = folder / "manifest.json"
+    if about.exists():
+        there = files.read_json(about)
+        for name, value in made.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds pairs verified with another {name} "
+                    f"({there.get(name)}, not {value}); give another folder"
+                )
+    else:
+        there = made | {"complete": False, "kit": kit.__version__}
+        files.write_json(about, there)
+    for left in folder.glob(".*.part"):  # by a run that was killed
+        left.unlink()
+    return there
+
+
+def save(
+    folder: Path, number: int, table: np.ndarray, unreadable: Sequence[str]
+) -> None:
+    """A block of pairs (P, 4), and the paths of its images that could not be read."""
+    if unreadable:  # first: the block that is there is whole
+        files.write_json(path(folder, number).with_suffix(".json"), sorted(unreadable))
+    with (
+        files.replacing(path(folder, number)) as temporary,
+        temporary.open("wb") as file,
+    ):
+        np.save(file, table, allow_pickle=False)
+
+
+def finish(folder: Path, there: dict[str, Any], blocks: int) -> None:
+    for left in folder.glob("*.local"):  # of a run that was killed at its last line
+        shutil.rmtree(left)
+    pairs, unreadable = 0, []
+    for number in range(blocks):
+        block = path(folder, number)
+        pairs += len(np.load(block, mmap_mode="r", allow_pickle=False))
+        if block.with_suffix(".json").exists():
+            unreadable += files.read_json(block.with_suffix(".json"))
+    counted = {"blocks": blocks, "pairs": pairs, "unreadable": sorted(unreadable)}
+    files.write_json(folder / "manifest.json", there | counted | {"complete": True})
+
+
+def path(folder: Path, number: int) -> Path:
+    """Of a block."""
+    return folder / f"{number:05d}.npy"
