@@ -40,6 +40,7 @@ class Run:
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
     rerank: tuple[str, ...] | None = None  # steps to tune, in their order; the recipe's
     neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
+    recognise: bool = False  # name landmarks, too
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -136,15 +137,27 @@ class Run:
         return self.answers / "submission.csv"
 
     @property
+    def recogniser(self) -> Path:
+        return self.answers / "recognition.json"
+
+    @property
+    def recognition_gains(self) -> Path:
+        return self.answers / "recognition_gains.csv"
+
+    @property
+    def landmarks(self) -> Path:
+        return self.answers / "landmarks.csv"
+
+    @property
     def report(self) -> Path:
         return self.answers / "report.html"
 
 
 def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
-    """Lists, every stage, features of all of them, tuning, submission.
+    """Lists, every stage, features of all of them, tuning, submission, and recognition if asked.
 
-    Without a holdout the last two are left out, and the untrained network's features, which
-    only they need: models that have seen validation's images allow no offline number.
+    Without a holdout what follows the features is left out, and the untrained network's, which
+    only tuning needs: models that have seen validation's images allow no offline number.
     """
     models = list(run.stages)[::-1]
     shown, trained = (
@@ -190,11 +203,18 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
             "clean": run.clean,
             "exclusions": run.exclusions,
             "gld_v1_classes": recipes.get(run.recipe).gld_v1_classes,
-            "wanted": wanted + ["solution"] * run.holdout,
+            "wanted": wanted + _truths(run),
         },
         outputs=(run.lists,),
         inputs=_inputs(run, continents),
     )
+
+
+def _truths(run: Run) -> list[str]:
+    """What the answers are measured by."""
+    if not run.holdout:
+        return []
+    return ["solution", *(["recognition"] if run.recognise else [])]
 
 
 def _inputs(run: Run, continents: Path) -> tuple[Path, ...]:
@@ -299,4 +319,32 @@ def _answer(
         (run.submission,),
         machine={"workers": run.workers},
     )
-    return [tuned, submitted]
+    return [
+        tuned,
+        submitted,
+        *([_recognise(run, models, after, notebooks)] if run.recognise else []),
+    ]
+
+
+def _recognise(
+    run: Run, models: list[str], after: tuple[str, ...], notebooks: Path
+) -> Step:
+    return Step(
+        "07_recognition",
+        notebooks / "07_recognition.ipynb",
+        {
+            "models": models,
+            "lists_folder": str(run.lists),
+            "features": str(run.features),
+            "data": str(run.data),
+            "index": run.index,
+            "reference": run.voters,
+            "non_landmarks": run.index,
+            "recogniser_path": str(run.recogniser),
+            "submission_path": str(run.landmarks),
+            "gains_path": str(run.recognition_gains),
+        },
+        after,
+        (run.recogniser, run.landmarks, run.recognition_gains),
+        machine={"workers": run.workers},
+    )

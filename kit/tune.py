@@ -260,9 +260,12 @@ def _finish(done: _Running, study: "Study", storage: "JournalStorage") -> None:
         value, state = None, TrialState.FAIL
         said = about["error"] = ended(code, trial.folder / "trial.log")
     else:
-        scores = about["scores"] = files.read_json(trial.folder / "scores.json")
-        value, private = (statistics.fmean(half) for half in zip(*scores, strict=True))
-        state, said = TrialState.COMPLETE, f"public {value:.4f}  private {private:.4f}"
+        found = files.read_json(trial.folder / "scores.json")
+        about |= found
+        halves = zip(*found["scores"], strict=True)
+        value, private = (statistics.fmean(half) for half in halves)
+        state = TrialState.COMPLETE
+        said = f"public {value:.4f}  private {private:.4f}; {found['protocol']}"
     print(f"trial {trial.number}: {said}", flush=True)
     with done.claim, files.lock(search.folder):
         known = storage.get_study_id_from_name(STUDY)

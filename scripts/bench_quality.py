@@ -25,7 +25,8 @@ from typing import Any
 from bench import ROOT, Bench, Row
 
 from kit.answers import tuning
-from kit.answers.metrics import mean_ap
+from kit.answers.metrics import mean_ap, protocol
+from kit.answers.metrics.protocol import Protocol
 from kit.answers.retrieval import Scenes
 from kit.data import lists, sources
 from kit.features import extract
@@ -53,6 +54,7 @@ class Photos:
     scenes: Scenes
     model: str
     solution: Any  # a table of sources.read_solution
+    protocol: Protocol
     per_landmark: bool = False
     scores: dict[str, mean_ap.Score] = field(default_factory=dict)
 
@@ -98,7 +100,9 @@ def trained_rows(bench: Bench) -> Iterator[Row]:
     folder = work / "features" / recipe.name
     scenes = Scenes(folder, *found, data, work / "graph" / recipe.name, _cores())
     solution = sources.read_solution(work / "lists" / "solution.csv")
-    photos = Photos(scenes, recipe.stages[-1].name, solution)
+    model = recipe.stages[-1].name
+    about = _protocol(folder, model, work / "lists", solution, found[2])
+    photos = Photos(scenes, model, solution, about)
     yield from _table(bench, photos, photos, f"packages, {recipe.name}", "packages", ())
 
 
@@ -132,6 +136,7 @@ def _table(
 ) -> Iterator[Row]:
     """The rows of one dataset; what is chosen is chosen by another, or by its public half."""
     plain = f"{reported.value(reported.search):.4f}"
+    yield bench.told(f"{title}: measured with", protocol=str(reported.protocol))
     yield bench.told(f"{title}: search", mAP=plain)
     tuned = []
     for step in _steps(without, 3 if bench.quick else None):
@@ -258,7 +263,22 @@ def _untrained(data: Path, work: Path) -> Photos:
     found = [lists.load(work / "lists", name) for name in names]
     scenes = Scenes(work / "features", *found, data=data, processes=_cores())
     solution = sources.read_solution(work / "lists" / "solution.csv")
-    return Photos(scenes, recipes.UNTRAINED, solution)
+    model = recipes.UNTRAINED
+    about = _protocol(work / "features", model, work / "lists", solution)
+    return Photos(scenes, model, solution, about)
+
+
+def _protocol(
+    features: Path,
+    model: str,
+    folder: Path,
+    solution: Any,
+    voters: lists.ImageList | None = None,
+) -> Protocol:
+    """Of search alone; each row names its own steps."""
+    asked = int((solution["usage"] != "Ignored").sum())
+    told = "query", "index", protocol.of_lists(folder), asked
+    return protocol.describe(features, Chain({model: 1.0}), *told, voters=voters)
 
 
 def _recipe() -> recipes.Recipe:

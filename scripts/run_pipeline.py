@@ -18,8 +18,10 @@ FILES = ("table", "index_ids", "clean", "exclusions")  # options that name one
 
 from kit import launch, pipeline, plan
 from kit.answers import gain_table
-from kit.answers.metrics import mean_ap
+from kit.answers.metrics import gap, mean_ap
+from kit.kaggle import answering
 from kit.nodes import session
+from kit.rerank import chain, recogniser
 from kit.rerank.steps import STEPS
 from kit.training import recipes
 from kit.training.job import MACHINE
@@ -69,6 +71,11 @@ def options() -> argparse.Namespace:
         default=0,
         metavar="K",
         help="keep each index and reference image's K nearest in graph/, for steps that read them",
+    )
+    add(
+        "--recognise",
+        action="store_true",
+        help="name each query's landmark, too (07_recognition), and report GAP",
     )
     add("--save-every", type=int, default=50, help="steps between two states")
     add(
@@ -155,6 +162,7 @@ def main() -> None:
         weights=given.weights.resolve(),
         pretrained=given.pretrained,
         neighbours=given.neighbours,
+        recognise=given.recognise,
         num_gpus=given.gpus,
         workers=given.workers,
         save_every=given.save_every,
@@ -198,11 +206,29 @@ def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -
 
 
 def report(run: plan.Run) -> None:
-    print(f"\n{'step':28}  public  private")
-    for step, public, private, note in gain_table.read(run.gains):
-        print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
+    """Gains, and what the written answers are worth by the right ones."""
+    print_gains("mAP@100", run.gains)
     print(f"\nsubmission  {run.submission}\nreport      {run.report}")
-    print(mean_ap.evaluate_file(run.submission, run.lists / "solution.csv"))
+    truth = run.lists / "solution.csv"
+    score = mean_ap.evaluate_file(run.submission, truth)
+    given = answering.Given(run, index=run.index, reference=run.voters)
+    print(score)
+    print(given.protocol(chain.load(run.chain), run.index, truth, len(score.queries)))
+    if not run.recognise:
+        return
+    print_gains("GAP", run.recognition_gains)
+    print(f"\nlandmarks   {run.landmarks}")
+    truth = run.lists / "recognition.csv"
+    score = gap.evaluate_file(run.landmarks, truth)
+    plan = recogniser.load(run.recogniser)
+    print(score)
+    print(given.protocol(plan, run.voters, truth, len(score.queries)))
+
+
+def print_gains(metric: str, path: Path) -> None:
+    print(f"\n{metric:28}  public  private")
+    for step, public, private, note in gain_table.read(path):
+        print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
 
 
 if __name__ == "__main__":

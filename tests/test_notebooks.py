@@ -81,7 +81,8 @@ def tiny(tmp_path_factory) -> plan.Run:
     """The pipeline's whole run on a tiny toy set."""
     folder = tmp_path_factory.mktemp("tiny")
     data = toy.render(folder / "data", toy.ToyConfig(landmarks=8, images=80, side=64))
-    run = plan.Run("toy", data, folder / "work", workers=1, overrides=TINY)
+    about = {"workers": 1, "overrides": TINY, "recognise": True}
+    run = plan.Run("toy", data, folder / "work", **about)
     pipeline.run(steps(run), run.folder)
     return run
 
@@ -93,8 +94,8 @@ def steps(run: plan.Run) -> list[pipeline.Step]:
 
 def test_the_pipeline_runs_every_notebook(tiny):
     ran = {step.notebook.name for step in steps(tiny)}
-    # tests/kaggle/test_publish.py and tests/test_tune.py run these
-    by_hand = {"06_publish.ipynb", "08_tune_training.ipynb"}
+    # tests/answers/cleaning, tests/kaggle/test_publish.py and tests/test_tune.py run these
+    by_hand = {"01_clean_labels.ipynb", "06_publish.ipynb", "08_tune_training.ipynb"}
     assert ran == {path.name for path in NOTEBOOKS} - by_hand
     states = pipeline.status(steps(tiny), tiny.folder)
     assert {each.state for each in states} == {"done"}
@@ -113,6 +114,17 @@ def test_the_printed_score_is_the_submission_s_own(tiny):
     assert score.public == pytest.approx(public, abs=1e-6)
     assert score.private == pytest.approx(private, abs=1e-6)
     assert f"{score.private:.4f}" in tiny.report.read_text()
+
+
+def test_a_number_stands_beside_what_it_was_measured_with(tiny):
+    searched = lists.load(tiny.lists, "index")
+    told = f"index index {searched.hash[:8]}, {len(searched)} images"
+    assert told in tiny.report.read_text()
+    for step in ("04_tune_rerank", "05_submission"):
+        assert told in (tiny.folder / f"{step}.ipynb").read_text()
+    voters = lists.load(tiny.lists, "index_train_holdout")
+    told = f"index {voters.name} {voters.hash[:8]}, {len(voters)} images"
+    assert told in (tiny.folder / "07_recognition.ipynb").read_text()
 
 
 def test_no_step_learned_from_what_it_is_measured_on(tiny):

@@ -341,7 +341,9 @@ def test_two_nodes_do_every_step_and_one_has_nothing_left_to_do(tmp_path):
     assert [process.returncode for process in both] == [0, 0], led + wrong + lost
     assert joined.count("joining kit.training.stage") == 2
     assert joined.count("joining kit.features.extract") == 2 + 3  # one a list
-    assert led.splitlines()[-1].startswith("private mAP@100 0.")
+    score, protocol = led.splitlines()[-2:]
+    assert score.startswith("private mAP@100 0.")
+    assert protocol.startswith("ground truth retrieval_solution_v2.1.csv")
     assert files.read_json(run.runs / "c2x" / "job.json")["accumulate"] == 2
     alone = done(run, *tiny)
     assert alone.returncode == 0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from kit import config, files, launch
 from kit.answers import retrieval
-from kit.answers.metrics import mean_ap
+from kit.answers.metrics import mean_ap, protocol
+from kit.answers.metrics.protocol import Protocol
 from kit.data import lists, sources
 from kit.features import extract
 from kit.nodes.agent import end_with
@@ -57,7 +58,7 @@ class Trial:
         return self.search.folder / "trials" / str(self.number)
 
 
-def score(trial: Trial, seed: int) -> tuple[float, float]:
+def score(trial: Trial, seed: int) -> tuple[float, float, Protocol]:
     """Public and private mAP@100 of the stage trained with one seed, by exact search alone.
 
     What an earlier, interrupted process has finished is kept.
@@ -87,7 +88,9 @@ def score(trial: Trial, seed: int) -> tuple[float, float]:
     chain = Chain({job.stage.name: 1.0})
     solution = sources.read_solution(job.lists / "solution.csv")
     found = mean_ap.evaluate(*scenes.answers(chain), solution)
-    return found.public, found.private
+    told = *names, protocol.of_lists(job.lists), len(found.queries)
+    about = protocol.describe(runs / "features", chain, *told)
+    return found.public, found.private, about
 
 
 def _launch(module: str, job: Path, processes: int) -> None:
@@ -102,11 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_with(int(parent), signal.SIGKILL)
     trial = config.read(Trial, Path(path))
     try:
-        scores = [score(trial, seed) for seed in trial.search.seeds]
+        found = [score(trial, seed) for seed in trial.search.seeds]
     except launch.Stopped as stopped:
         print(stopped)
         sys.exit(STOPPED)
-    files.write_json(trial.folder / "scores.json", scores)
+    scores = [halves for *halves, _ in found]
+    told = {"scores": scores, "protocol": str(found[-1][-1])}
+    files.write_json(trial.folder / "scores.json", told)
 
 
 if __name__ == "__main__":

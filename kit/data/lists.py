@@ -103,7 +103,7 @@ def build(
     data: the folder that paths start from. index_ids: a file with the ids of a competition's
     smaller index, one a line; `index_val` then holds them and every positive, and is what the
     holdout lists stay clear of. sizes: read heights and widths from the images' headers.
-    wanted: names that must come out, `solution` among them, or nothing is written.
+    wanted: names that must come out, `solution` and `recognition` among them, or nothing is written.
     gld_v1_classes, gld_v1_side: the most frequent landmarks of gld_v1 that are kept, of the images
     whose shorter side has so many pixels (2019); the side is not looked at without sizes.
     """
@@ -118,7 +118,8 @@ def build(
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
         raise ValueError(f"{data}: no image in any list")
-    made = {*tables, *(["solution"] if len(facts.solution) else [])}
+    truths = {"solution": facts.solution, "recognition": facts.recognition}
+    made = {*tables, *(name for name, rows in truths.items() if len(rows))}
     missing = [name for name in wanted if name not in made]
     if missing:
         raise ValueError(

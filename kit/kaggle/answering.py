@@ -124,11 +124,11 @@ class Recognition:
 
     @staticmethod
     def load(place: Run) -> recogniser.Recogniser:
-        return recogniser.load(recognition_file(place))
+        return recogniser.load(place.recogniser)
 
     @staticmethod
     def out(place: Run) -> Path:
-        return place.answers / "landmarks.csv"
+        return place.landmarks
 
     @staticmethod
     def truth(place: Run) -> Path:
@@ -153,11 +153,6 @@ class Recognition:
         found = gap.evaluate(self.predictions, self.recognition.solution)
         searched, asked = self.given.reference, len(found.queries)
         return found, self.given.protocol(self.plan, searched, truth, asked)
-
-
-def recognition_file(place: Run) -> Path:
-    """What 07_recognition decided."""
-    return place.answers / recogniser.FILE
 
 
 TASKS = {RETRIEVAL: Retrieval, RECOGNITION: Recognition}

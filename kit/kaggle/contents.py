@@ -19,7 +19,7 @@ from kit.features import store
 from kit.features.store import Features
 from kit.features.views import OWN, Views
 from kit.kaggle import answering
-from kit.kaggle.answering import RECOGNITION, RETRIEVAL, recognition_file
+from kit.kaggle.answering import RECOGNITION, RETRIEVAL
 from kit.models import net as nets
 from kit.plan import HOLDOUTS, INDEX, LISTS, QUERY, TRAINED, VOTERS, Run
 from kit.rerank import chain, recogniser
@@ -65,7 +65,7 @@ class Contents:
             for model in self.models
             for name in ("model.safetensors", "model.json")
         ]
-        plan = recognition_file(run) if self.task == RECOGNITION else run.chain
+        plan = run.recogniser if self.task == RECOGNITION else run.chain
         found = {MODELS: [*weights, plan]}
         named = [name for name in (reference, self.distractors) if name]
         if named:
@@ -157,7 +157,7 @@ def _plan(run: Run, task: str, known: str) -> Chain | Recogniser:
         return chain.load(run.chain)
     if known:
         raise ValueError(f"recognition searches no index: list {known} need not travel")
-    return recogniser.load(recognition_file(run))
+    return recogniser.load(run.recogniser)
 
 
 def _distractors(plan: Chain | Recogniser) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kit.answers import gain_table
 from kit.answers.metrics.mean_ap import Score
+from kit.answers.metrics.protocol import Protocol
 from kit.data import images, lists
 from kit.data.readers import UnreadableImage, open_reader
 from kit.data.sources import read_solution
@@ -22,6 +23,7 @@ RESULTS = 8  # index images a query
 def write(
     run: Run,
     score: Score,
+    protocol: Protocol,  # what it was measured with
     rankings: Mapping[str, np.ndarray],  # query id -> index ids, best first
     shown: tuple[lists.ImageList, lists.ImageList],  # queries and searched index
     warning: str = "",
@@ -61,9 +63,7 @@ def write(
             _collage(worst.tail(SHOWN)[::-1].itertuples(), rankings, shown, run),
         ),
     ]
-    lead = (
-        f"{score}{warning}. {len(score.queries)} queries, {len(shown[1])} index images."
-    )
+    lead = f"{score}{warning}. Measured with: {protocol}."
     return page(run.report, "Landmark retrieval", lead, sections)
 
 

@@ -18,7 +18,6 @@ from kit.rerank import steps
 from kit.rerank.sort_insert import WORTHS
 from kit.rerank.steps import Step
 
-FILE = "recognition.json"
 VOTE, CONFIDENCE, BATCH = "vote", "confidence", "batch"
 # scores: weighted sums of the models' scores find the references
 # votes: each model's own nearest references vote together (2020)

@@ -50,7 +50,7 @@ def places(run: Run, out: Path) -> dict[str, object]:
         "features": str(run.features),
         "data": str(run.data),
         "trials": 3,
-        "recogniser_path": str(out / recogniser.FILE),
+        "recogniser_path": str(out / "recognition.json"),
         "submission_path": str(out / "landmarks.csv"),
         "gains_path": str(out / "recognition_gains.csv"),
     }
@@ -71,14 +71,12 @@ def printed(run: Run) -> str:
 
 
 def test_gap_stands_there_with_and_without_each_step(done):
-    names = [
-        name for name, *_ in gain_table.read(done.answers / "recognition_gains.csv")
-    ]
+    names = [name for name, *_ in gain_table.read(done.recognition_gains)]
     for name in ("nearest", "vote", "all steps", "all steps + fusion"):
         assert name in names
     for name in ("vote", "non_landmark", "inliers", "background", "frequent"):
         assert {f"({name}, published)", f"({name})"} <= set(names)
-    plan = recogniser.load(done.answers / recogniser.FILE)
+    plan = recogniser.load(done.recogniser)
     for taken in plan.steps[1:]:
         assert f"(without {taken.name})" in names
     assert all(name in printed(done) for name in names)
@@ -87,15 +85,12 @@ def test_gap_stands_there_with_and_without_each_step(done):
 
 def test_the_submission_has_the_gap_that_is_printed(done):
     query = lists.load(done.lists, "query")
-    path = done.answers / "landmarks.csv"
+    path = done.landmarks
     train = set(lists.load(done.lists, "full").rows["landmark_id"])
     assert submission.check_landmarks(path, query.ids, train) == len(query)
     solution = sources.read_recognition(done.lists / "recognition.csv")
     score = gap.evaluate(submission.read_landmarks(path), solution)
-    rows = {
-        name: row
-        for name, *row in gain_table.read(done.answers / "recognition_gains.csv")
-    }
+    rows = {name: row for name, *row in gain_table.read(done.recognition_gains)}
     public, private, note = rows["all steps + fusion"]
     assert score.public == pytest.approx(public, abs=1e-6)
     assert score.private == pytest.approx(private, abs=1e-6)
@@ -104,20 +99,17 @@ def test_the_submission_has_the_gap_that_is_printed(done):
 
 
 def test_what_is_kept_gains_on_the_public_half(done):
-    rows = {
-        name: row
-        for name, *row in gain_table.read(done.answers / "recognition_gains.csv")
-    }
+    rows = {name: row for name, *row in gain_table.read(done.recognition_gains)}
     assert rows["vote"][0] <= rows["all steps"][0] <= rows["all steps + fusion"][0]
 
 
 def test_the_submission_notebook_gives_the_same_landmarks(done, tmp_path):
     given = {"recipe": "toy", "work": str(done.work), "data": str(done.data)}
     at_home = step("05", "05_submission", task="recognition", **given)
-    before = (done.answers / "landmarks.csv").read_text()
-    (done.answers / "landmarks.csv").unlink()
+    before = done.landmarks.read_text()
+    done.landmarks.unlink()
     pipeline.run([at_home], tmp_path / "steps")
-    assert (done.answers / "landmarks.csv").read_text() == before
+    assert done.landmarks.read_text() == before
     assert not done.submission.exists()
     assert "private GAP" in (tmp_path / "steps" / "05.ipynb").read_text()
 
@@ -129,7 +121,7 @@ def test_references_that_hold_the_searched_images_are_refused_or_called_leaky(
     honest = step("honest", "07_recognition", **given)
     with pytest.raises(pipeline.StepError, match="LeakError: list index_train holds"):
         pipeline.run([honest], tmp_path / "steps")
-    assert not (tmp_path / recogniser.FILE).exists()
+    assert not (tmp_path / "recognition.json").exists()
     told = step("told", "07_recognition", **given, optimistic=True)
     pipeline.run([told], tmp_path / "steps")
     rows = gain_table.read(tmp_path / "recognition_gains.csv")

@@ -22,7 +22,7 @@ from kit.data import lists, sources
 from kit.data.inputs import InputSpec
 from kit.features import store
 from kit.features.views import Views
-from kit.kaggle import answering, build, check, contents, flat, manifest
+from kit.kaggle import build, check, contents, flat, manifest
 from kit.models import net as nets
 from kit.plan import Run
 from kit.rerank import chain, recogniser
@@ -348,7 +348,7 @@ def recognising(run):
     run.chain.unlink()
     steps = (recogniser.Vote(), recogniser.NonLandmark(images="index"))
     plan = recogniser.Recogniser(MODELS, steps)
-    recogniser.save(plan, answering.recognition_file(run))
+    recogniser.save(plan, run.recogniser)
     return run
 
 
@@ -383,7 +383,7 @@ def test_a_list_that_is_reference_and_distractor_travels_once(recognising):
     assert found.distractors == "index"
     steps = (recogniser.Vote(), recogniser.NonLandmark(images="index_train"))
     plan = recogniser.Recogniser(MODELS, steps)
-    recogniser.save(plan, answering.recognition_file(recognising))
+    recogniser.save(plan, recognising.recogniser)
     found = contents.find(recognising, task="recognition")
     assert not any(name.startswith("distractors") for name in found.datasets())
     assert len(found.datasets()["lists"]) == 2
@@ -391,7 +391,7 @@ def test_a_list_that_is_reference_and_distractor_travels_once(recognising):
 
 def test_without_that_step_no_list_but_the_references_travels(recognising):
     plan = recogniser.Recogniser(MODELS)
-    recogniser.save(plan, answering.recognition_file(recognising))
+    recogniser.save(plan, recognising.recogniser)
     found = contents.find(recognising, task="recognition")
     assert (found.reference, found.distractors) == ("index_train", "")
 
@@ -400,7 +400,7 @@ def test_without_that_step_no_list_but_the_references_travels(recognising):
     "spoil, words",
     [
         (
-            lambda run: answering.recognition_file(run).unlink(),
+            lambda run: run.recogniser.unlink(),
             "no /.*/recognition.json; run 07_recognition first",
         ),
         (
@@ -434,7 +434,7 @@ def test_recognition_is_refused_what_it_cannot_use(recognising):
     plan = recogniser.Recogniser(
         MODELS, (recogniser.Vote(), recogniser.NonLandmark(images="query"))
     )
-    recogniser.save(plan, answering.recognition_file(recognising))
+    recogniser.save(plan, recognising.recogniser)
     with pytest.raises(ValueError, match="reads list query, which is what the compet"):
         contents.find(recognising, task="recognition")
 

@@ -13,7 +13,7 @@ from kit.answers.recognition import Recognition
 from kit.data import lists, sources, toy
 from kit.data.inputs import InputSpec
 from kit.features import extract
-from kit.kaggle import answering, build, contents, mounts, rehearse
+from kit.kaggle import build, contents, mounts, rehearse
 from kit.kaggle.runtime import Mode
 from kit.models import net as nets
 from kit.plan import Run
@@ -56,7 +56,7 @@ def home(tmp_path_factory):
     for images in ("query", "index", REFERENCE):
         places = run.runs, tuple(MODELS), run.lists, images, run.data, run.features
         extract.run(extract.Job(*places, workers=0))
-    recogniser.save(PLAN, answering.recognition_file(run))
+    recogniser.save(PLAN, run.recogniser)
     return run
 
 
@@ -68,7 +68,7 @@ def expected(home, plan=PLAN):
 
 
 def make(home, out, plan=PLAN):
-    recogniser.save(plan, answering.recognition_file(home))
+    recogniser.save(plan, home.recogniser)
     count = len(lists.load(home.lists, "query"))
     order = build.Order(
         "alice", "toy", "landmark-recognition-2021", public_queries=count

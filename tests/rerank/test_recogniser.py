@@ -30,7 +30,7 @@ WHOLE = Recogniser(
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    path = recogniser.save(WHOLE, tmp_path / "out" / recogniser.FILE)
+    path = recogniser.save(WHOLE, tmp_path / "out" / "recognition.json")
     assert recogniser.load(path) == WHOLE
     assert {step.name for step in WHOLE.steps} == set(STEPS)
     assert list(json.loads(path.read_text())) == ["models", "fusion", "steps"]
@@ -131,7 +131,7 @@ def test_who_reads_the_whole_batch_says_so():
     ],
 )
 def test_what_is_no_recogniser_is_refused(tmp_path, values, words):
-    path = tmp_path / recogniser.FILE
+    path = tmp_path / "recognition.json"
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError) as caught:
         recogniser.load(path)
@@ -142,7 +142,7 @@ def test_what_is_no_recogniser_is_refused(tmp_path, values, words):
 
 def test_without_a_file_the_notebook_that_writes_it_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run 07_recognition first"):
-        recogniser.load(tmp_path / recogniser.FILE)
+        recogniser.load(tmp_path / "recognition.json")
 
 
 def test_a_step_tells_what_is_not_published():
