@@ -1,6 +1,7 @@
 """A recipe, a data folder and a work folder -> the steps of the pipeline."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,11 @@ QUERY, INDEX = "query", "index"
 HOLDOUTS = {"all": "all_holdout", "index_train": "index_train_holdout"}
 VOTERS = "index_train"  # whose labelled images vote, or its stand-in
 LISTS, TRAINED = "00_image_lists", "trained"
+CLEANED = "full"  # list whose labels are cleaned
+CLEANING = {
+    "votes": 100,
+    "inliers": 1000,
+}  # by what; neighbours of an image in its graph
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Run:
     rerank: tuple[str, ...] | None = None  # steps to tune, in their order; the recipe's
     neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
     recognise: bool = False  # name landmarks, too
+    cleaning: str = ""  # write a clean list, too, by one of CLEANING
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -53,6 +60,10 @@ class Run:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, not at least {least}"
                 )
+        if self.cleaning and self.cleaning not in CLEANING:
+            raise ValueError(
+                f"cleaning: {self.cleaning!r} is not one of {', '.join(CLEANING)}"
+            )
         for name in self.rerank or ():
             build({"step": name})  # refuses a name that is not there
         for name in self.machine:
@@ -137,6 +148,11 @@ class Run:
         return self.answers / "submission.csv"
 
     @property
+    def cleaned(self) -> Path:
+        """What 01 writes: train_clean.csv among others."""
+        return self.work / "cleaning" / self.recipe
+
+    @property
     def recogniser(self) -> Path:
         return self.answers / "recognition.json"
 
@@ -154,9 +170,9 @@ class Run:
 
 
 def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
-    """Lists, every stage, features of all of them, tuning, submission, and recognition if asked.
+    """Lists, every stage, features of all of them, tuning, submission; cleaning and recognition if asked.
 
-    Without a holdout what follows the features is left out, and the untrained network's, which
+    Without a holdout what measures is left out, and the untrained network's features, which
     only tuning needs: models that have seen validation's images allow no offline number.
     """
     models = list(run.stages)[::-1]
@@ -165,8 +181,11 @@ def steps(run: Run, notebooks: Path, continents: Path) -> list[Step]:
         [_train(run, each, notebooks) for each in run.stages],
     )
     after = (LISTS, *(step.name for step in trained))
-    seen = _extract(run, TRAINED, models, [*shown, run.voters], after, notebooks)
+    kept = (run.neighbours, (run.index, run.voters))
+    seen = _extract(run, TRAINED, models, [*shown, run.voters], after, notebooks, *kept)
     chain = [_lists(run, notebooks, continents), *trained]
+    if run.cleaning:
+        chain += _clean(run, models[0], after, notebooks)
     if not run.holdout:
         return [*chain, seen]
     bare = _extract(run, "untrained", [recipes.UNTRAINED], shown, (LISTS,), notebooks)
@@ -190,6 +209,7 @@ def seconds(text: str) -> float:
 def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
     trained_on = dict.fromkeys(stage.images for stage, _ in run.stages.values())
     wanted = [*trained_on, QUERY, run.index, run.voters]
+    wanted += [CLEANED] * bool(run.cleaning)
     return Step(
         LISTS,
         notebooks / "00_image_lists.ipynb",
@@ -260,11 +280,13 @@ def _extract(
     images: list[str],
     after: tuple[str, ...],
     notebooks: Path,
+    neighbours: int = 0,
+    kept: Sequence[str] = (),  # lists whose neighbours are kept in graphs
 ) -> Step:
-    kept = images[1:] if run.neighbours and name == TRAINED else []  # but for queries
+    kept = list(kept) if neighbours else []
     graphs = {
         "graphs_of": kept,
-        "neighbours": run.neighbours,
+        "neighbours": neighbours,
         "graphs": str(run.graphs),
     }
     stores = [run.features / model / each for model in models for each in images]
@@ -279,6 +301,29 @@ def _extract(
         (*stores, *(run.graphs / model / each for model in models for each in kept)),
         machine=_machine(run),
     )
+
+
+def _clean(run: Run, model: str, after: tuple[str, ...], notebooks: Path) -> list[Step]:
+    """Features of the list with their graph, by the last stage, and what they say of its labels."""
+    kept = CLEANING[run.cleaning], (CLEANED,)
+    looked = _extract(run, CLEANED, [model], [CLEANED], after, notebooks, *kept)
+    cleaned = Step(
+        "01_clean_labels",
+        notebooks / "01_clean_labels.ipynb",
+        {
+            "mode": run.cleaning,
+            "images": CLEANED,
+            "lists_folder": str(run.lists),
+            "features": str(run.features / model),
+            "graphs": str(run.graphs / model),
+            "data": str(run.data),
+            "out": str(run.cleaned),
+        },
+        (looked.name,),
+        (run.cleaned / "train_clean.csv",),
+        machine={"workers": run.workers},
+    )
+    return [looked, cleaned]
 
 
 def _answer(

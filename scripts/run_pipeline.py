@@ -77,6 +77,12 @@ def options() -> argparse.Namespace:
         action="store_true",
         help="name each query's landmark, too (07_recognition), and report GAP",
     )
+    add(
+        "--cleaning",
+        choices=plan.CLEANING,
+        default="",
+        help="write a clean list, too (01_clean_labels), for the --clean of another run",
+    )
     add("--save-every", type=int, default=50, help="steps between two states")
     add(
         "--set",
@@ -163,6 +169,7 @@ def main() -> None:
         pretrained=given.pretrained,
         neighbours=given.neighbours,
         recognise=given.recognise,
+        cleaning=given.cleaning,
         num_gpus=given.gpus,
         workers=given.workers,
         save_every=given.save_every,
@@ -201,12 +208,16 @@ def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -
     print(pipeline.table(pipeline.status(steps, run.folder)))
     if stop:
         print(stop)
-    elif run.holdout:
+    else:
         report(run)
 
 
 def report(run: plan.Run) -> None:
     """Gains, and what the written answers are worth by the right ones."""
+    if run.cleaning:
+        print(f"\nclean list  {run.cleaned / 'train_clean.csv'}")
+    if not run.holdout:
+        return
     print_gains("mAP@100", run.gains)
     print(f"\nsubmission  {run.submission}\nreport      {run.report}")
     truth = run.lists / "solution.csv"

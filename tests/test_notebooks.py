@@ -11,7 +11,7 @@ import pytest
 from kit import pipeline, plan
 from kit.answers import gain_table, retrieval, submission
 from kit.answers.metrics import mean_ap
-from kit.data import lists, toy
+from kit.data import lists, sources, toy
 from kit.features import store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,8 @@ def tiny(tmp_path_factory) -> plan.Run:
     """The pipeline's whole run on a tiny toy set."""
     folder = tmp_path_factory.mktemp("tiny")
     data = toy.render(folder / "data", toy.ToyConfig(landmarks=8, images=80, side=64))
-    about = {"workers": 1, "overrides": TINY, "recognise": True}
+    asked = {"recognise": True, "cleaning": "votes"}
+    about = {"workers": 1, "overrides": TINY} | asked
     run = plan.Run("toy", data, folder / "work", **about)
     pipeline.run(steps(run), run.folder)
     return run
@@ -94,8 +95,8 @@ def steps(run: plan.Run) -> list[pipeline.Step]:
 
 def test_the_pipeline_runs_every_notebook(tiny):
     ran = {step.notebook.name for step in steps(tiny)}
-    # tests/answers/cleaning, tests/kaggle/test_publish.py and tests/test_tune.py run these
-    by_hand = {"01_clean_labels.ipynb", "06_publish.ipynb", "08_tune_training.ipynb"}
+    # tests/kaggle/test_publish.py and tests/test_tune.py run these
+    by_hand = {"06_publish.ipynb", "08_tune_training.ipynb"}
     assert ran == {path.name for path in NOTEBOOKS} - by_hand
     states = pipeline.status(steps(tiny), tiny.folder)
     assert {each.state for each in states} == {"done"}
@@ -125,6 +126,16 @@ def test_a_number_stands_beside_what_it_was_measured_with(tiny):
     voters = lists.load(tiny.lists, "index_train_holdout")
     told = f"index {voters.name} {voters.hash[:8]}, {len(voters)} images"
     assert told in (tiny.folder / "07_recognition.ipynb").read_text()
+
+
+def test_a_cleaned_list_is_one_that_lists_take(tiny, tmp_path):
+    cleaned = tiny.cleaned / "train_clean.csv"
+    facts = sources.read(tiny.data, "gldv2", clean=cleaned)
+    lists.build(facts, tiny.data, tmp_path, sizes=False, wanted=("clean", "c2x"))
+    kept = set(lists.load(tmp_path, "clean").ids)
+    written = sources.read_csv(cleaned, ("landmark_id", "images"))
+    assert kept == set(" ".join(written["images"]).split())
+    assert 0 < len(kept) < len(lists.load(tiny.lists, "full"))
 
 
 def test_no_step_learned_from_what_it_is_measured_on(tiny):
