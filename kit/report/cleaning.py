@@ -95,8 +95,8 @@ def decided(
         )
     if grid is not None:
         text = (
-            "Landmarks and images that stay, by the inliers of a candidate that confirms "
-            "(columns) and how many must confirm an image (rows)."
+            "Landmarks and images that stay, by how many candidates must confirm an image "
+            "and the inliers that it takes."
         )
         header, rows, own = _sizes(grid, rule)
         sections.append(Section("Sizes", text, table(header, rows, own)))
@@ -117,21 +117,18 @@ def _outcome(given: Labelled, kept: Kept) -> Section:
 
 def _sizes(
     grid: pd.DataFrame, rule: Rule
-) -> tuple[list[str], list[list[int]], list[int]]:
+) -> tuple[list[str], list[list[object]], list[int]]:
     """A column a number of inliers, a row a number of neighbours; which row is the rule's."""
+    cells = {
+        (least, count): f"{landmarks:,} · {images:,}"
+        for least, count, landmarks, images in grid.itertuples(index=False)
+    }
     inliers, neighbours = (
-        grid[name].unique().tolist() for name in ("min_inliers", "min_neighbours")
+        list(dict.fromkeys(each)) for each in zip(*cells, strict=True)
     )
-    cells = grid.set_index(["min_inliers", "min_neighbours"])
-    kinds = ("landmarks", "images")
-    header = [f"{kind}, {least}" for least in inliers for kind in kinds]
-    rows = [
-        [count]
-        + [int(cells.loc[(least, count), kind]) for least in inliers for kind in kinds]
-        for count in neighbours
-    ]
-    own = [n for n, count in enumerate(neighbours) if count == rule.min_neighbours]
-    return ["neighbours", *header], rows, own
+    rows = [[n, *(cells[least, n] for least in inliers)] for n in neighbours]
+    own = [at for at, n in enumerate(neighbours) if n == rule.min_neighbours]
+    return ["neighbours", *(f"{least} inliers" for least in inliers)], rows, own
 
 
 def _kinds(

@@ -127,13 +127,13 @@ def test_the_table_of_sizes_has_every_cell(given, tmp_path):
     grid = rule.grid(found, labelled.labels, needs)
     header, rows, own = cleaning._sizes(grid, needs)
     assert own == [3] and len(rows) == 10
+    assert header == ["neighbours", *(f"{n} inliers" for n in (20, 30, 40, 50))]
     cells = {
-        (int(name.split(", ")[1]), row[0], name.split(",")[0]): value
+        (int(name.split()[0]), row[0]): value
         for row in rows
         for name, value in zip(header[1:], row[1:], strict=True)
     }
     assert cells == {
-        (least, count, kind): value
+        (least, count): f"{landmarks} · {images}"
         for least, count, landmarks, images in grid.to_numpy().tolist()
-        for kind, value in (("landmarks", landmarks), ("images", images))
     }
