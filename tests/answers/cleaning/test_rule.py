@@ -126,6 +126,14 @@ def test_inliers_of_some_images_stand_beside_their_candidates(tmp_path):
     assert (found >= 0).any() and (found < 0).any()
 
 
+def test_an_empty_place_has_no_inliers_whoever_stands_before(tmp_path):
+    """Image 0 has the last image as a candidate, image 1 nobody."""
+    found = np.array([[3, -1], [-1, -1], [-1, -1], [0, -1]])
+    verified = stored(tmp_path, found, np.full((4, 4), 30))
+    expected = [[30, -1], [-1, -1], [-1, -1], [30, -1]]
+    assert verified.inliers(np.arange(4)).tolist() == expected
+
+
 @pytest.mark.parametrize("values, message", [
     ({"mode": "vote"}, "mode"),
     ({"alone": "hide"}, "alone"),
