@@ -67,7 +67,7 @@ class Backend:
 
 
 LOOSE = Geometry(threshold=16.0)  # networks place keypoints less precisely
-PROGRESSIVE = Geometry(sampling="progressive", iterations=3_000)
+PROGRESSIVE = Geometry(sampling="progressive", iterations=2_500)
 BACKENDS: dict[str, Backend] = {
     "sift": Backend(),
     "xfeat": Backend(features.XFeat(), matching.Nearest(least=0.82), LOOSE),
