@@ -103,7 +103,7 @@ def test_inliers_make_a_page_with_their_curve_and_sizes(given, tmp_path):
 
 def test_a_candidate_is_a_hit_where_it_has_enough_inliers(given, tmp_path):
     _, labelled = given
-    inliers = np.random.default_rng(0).integers(20, 41, (31, 31))
+    inliers = np.random.default_rng(0).integers(29, 32, (31, 31))
     inliers = np.maximum(inliers, inliers.T)
     found = stored(tmp_path, walked(labelled, 9), inliers)
     needs = Rule("inliers", min_inliers=30)

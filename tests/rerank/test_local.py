@@ -247,6 +247,11 @@ def test_ranked_matches_its_definition(least, counts):
         assert found == [pair for _, _, pair in best]
 
 
+def test_a_match_may_be_just_as_near_as_asked_for():
+    axes = described(np.eye(3))
+    assert matching.Ranked(least=1.0)(axes, axes).tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
 def test_of_equal_descriptors_ranked_takes_the_lower_row():
     one = described(np.repeat(unit(np.random.default_rng(0), 1), 3, axis=0))
     pairs = matching.Ranked()(one, one).tolist()
