@@ -8,5 +8,5 @@ if [ "${1:-}" = --all ]; then
 fi
 .venv/bin/ruff check
 .venv/bin/ruff format --check
-# tests are small: threads of one process only get in the way of the others
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest "${slow[@]}" "$@"
+# two files of tests at a time; threads of one process only get in the way of the others
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"
