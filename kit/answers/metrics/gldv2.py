@@ -1,6 +1,7 @@
 """GLDv2's folder and networks -> mAP@100, GAP and every other definition, with their protocol.
 
-<work>/lists      built unless they are there
+<work>/lists      built unless they are there; again once what decides them has changed
+<work>/lists.json their hashes and what decided them, where they were built here
 <work>/features   <network>/<list>, extracted unless they are there
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from kit import files
 from kit.answers import leaks, tags
 from kit.answers.metrics import definitions, extraction, gap, mean_ap, protocol
 from kit.answers.metrics.extraction import Networks
@@ -49,6 +51,10 @@ class Options:
     @property
     def lists(self) -> Path:
         return self.work / "lists"
+
+    @property
+    def made(self) -> Path:
+        return self.work / "lists.json"
 
     @property
     def index(self) -> str:
@@ -106,18 +112,42 @@ def vote(names: Mapping[int, str], votes: int = VOTES) -> Predict:
 
 
 def _build(options: Options, wanted: list[str]) -> None:
+    decided = _decided(options)
+    if _there(options, wanted, decided):
+        return
+    log.info("building the lists of %s", options.data)
+    continents = options.continents and sources.read_continents(options.continents)
+    facts = sources.official(options.data)
+    counts = lists.build(
+        *(facts, options.data, options.lists, continents),
+        index_ids=options.index_ids,
+        wanted=wanted,
+    )
+    hashes = {name: lists.find(options.lists, name).hash for name in counts}
+    files.write_json(options.made, {"lists": hashes, "decided": decided})
+
+
+def _there(options: Options, wanted: list[str], decided: dict[str, str]) -> bool:
+    """Whether the lists are there; those that others built are taken as they are."""
     try:
-        for name in wanted:
-            lists.find(options.lists, name)
+        found = {name: lists.find(options.lists, name).hash for name in wanted}
     except FileNotFoundError:
-        log.info("building the lists of %s", options.data)
-        continents = options.continents and sources.read_continents(options.continents)
-        facts = sources.official(options.data)
-        lists.build(
-            *(facts, options.data, options.lists, continents),
-            index_ids=options.index_ids,
-            wanted=wanted,
-        )
+        return False
+    if not options.made.exists():
+        return True
+    made = files.read_json(options.made)
+    same = found.items() <= made["lists"].items()  # else a build was cut short
+    return same and made["decided"] == decided
+
+
+def _decided(options: Options) -> dict[str, str]:
+    """Hashes of the small files that decide the lists."""
+    data = options.data
+    tables = sorted([*data.glob("*/*.csv"), *data.glob("train/country/*.json")])
+    found = {path.relative_to(data).as_posix(): path for path in tables}
+    given = {"index ids": options.index_ids, "continents": options.continents}
+    found |= {name: path for name, path in given.items() if path}
+    return {name: files.sha256(path) for name, path in found.items()}
 
 
 def _retrieval(

@@ -162,6 +162,34 @@ def test_a_smaller_index_is_searched_where_its_ids_are_given(options, tmp_path):
     assert f", {count} of 761,757 images" in found[-1]
 
 
+def test_other_ids_of_the_index_are_another_index(options, tmp_path):
+    index = sources.official(options.data).index["id"]
+    ids, sizes = tmp_path / "ids.txt", []
+    smaller = replace(options, work=tmp_path / "work", index_ids=ids, reference="")
+    for kept in (index[::2], index[::2], index):
+        ids.write_text("\n".join(kept))
+        found = list(evaluate(smaller))
+        sizes.append(len(lists.load(smaller.lists, "index_val")))
+        assert f", {sizes[-1]} of 761,757 images" in found[-1]
+    assert sizes[0] == sizes[1] < sizes[2] == len(index)
+    ids.unlink()
+    with pytest.raises(FileNotFoundError, match="ids.txt"):
+        list(evaluate(smaller))
+
+
+def test_lists_of_a_build_that_was_cut_short_are_built_again(options, tmp_path):
+    index = sources.official(options.data).index["id"]
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(index))
+    smaller = replace(options, work=tmp_path / "work", index_ids=ids, reference="")
+    whole = list(evaluate(smaller))
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(index[::2]))
+    facts = sources.official(options.data)
+    lists.build(facts, options.data, smaller.lists, index_ids=other)  # and killed
+    assert list(evaluate(smaller)) == whole
+
+
 def test_a_network_that_met_what_it_is_measured_on_is_refused(options, tmp_path, lines):
     (path,) = networks.saved(tmp_path, "leaky")
     about = path / "model.json"
