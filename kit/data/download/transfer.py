@@ -186,7 +186,7 @@ class Client:
         """Brings `part` from what it has to the whole file, by one request."""
         told = _known(part, url)
         have = _size(part) if told else 0
-        if told and have == told.size:
+        if told and have == told.size and part.exists():
             return
         asked = {"Range": f"bytes={have}-", "If-Range": told.tag} if have else {}
         try:

@@ -229,6 +229,15 @@ def test_a_wrong_copy_is_fetched_anew_but_not_for_ever(stub, tmp_path):
     assert len(stub.asked("a.tar")) == 6
 
 
+def test_an_empty_copy_is_a_wrong_one(stub, tmp_path):
+    def check(path):
+        if path.read_bytes() != DATA:
+            raise Wrong("MD5 is another")
+
+    stub.faults["a.tar"] = [Fault(body=b"")] * 2
+    assert whole(fetch(stub, tmp_path, check))
+
+
 def test_a_chunked_answer_is_whole_where_it_ends(stub, tmp_path):
     cut = Fault(chunked=True, keep=100_000)
     stub.faults["a.tar"] = [cut, Fault(chunked=True)]
