@@ -49,7 +49,7 @@ class Official:
         """Those of some splits; numbers: only these, where a split has them."""
         return [
             Tar(split, n)
-            for split in splits
+            for split in dict.fromkeys(splits)
             for n in range(self.counts[split])
             if numbers is None or n in numbers
         ]

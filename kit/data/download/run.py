@@ -51,7 +51,9 @@ def run(
             if "train" in order.splits:
                 bad += _fetch_countries(order, source, client, countries)
             bad += _fetch_images(order, source, client, workers)
-        done = [tar for tar in order.tars(source) if order.is_done(tar)]
+        # of earlier calls, too: the reports are of the folder
+        whole = replace(order, splits=official.SPLITS, numbers=None)
+        done = [tar for tar in whole.tars(source) if whole.is_done(tar)]
         records = {tar: files.read_json(order.record(tar)) for tar in done}
         reports.write(order.out, [(error.url, str(error)) for error in bad], records)
     log.info(reports.summary(records.values()))

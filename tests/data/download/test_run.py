@@ -174,6 +174,22 @@ def test_some_tars_come_with_the_tables_of_what_is_in_them(
 
 
 @pytest.mark.slow
+def test_a_split_that_is_named_twice_is_fetched_once(source, client, tmp_path, server):
+    splits = ["test", "test"]
+    assert go(tmp_path / "out", source, client, kind="shards", splits=splits) == []
+    assert len(server.asked("gl/md5sum/test/md5.images_000.txt")) == 1
+
+
+def test_the_reports_tell_of_earlier_calls_too(source, client, tmp_path):
+    out = tmp_path / "out"
+    for some in ({"splits": ["index"]}, {"numbers": [0]}, {"splits": ["test"]}):
+        assert go(out, source, client, kind="shards", **some) == []
+    records = [files.read_json(path) for path in out.glob("download/*_00?.json")]
+    expected = {path for record in records for path in record["unreadable"]}
+    told = {row["path"].split("/", 1)[1] for row in table(out / "unreadable.csv")}
+    assert len(records) == 4 and told == expected != set()  # the toy set has some
+
+
 def test_real_photos_come_as_they_are_but_smaller(photos, client, tmp_path):
     data, out = photos / "packages", tmp_path / "out"
     facts = write_official(tmp_path / "official.json")
