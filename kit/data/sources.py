@@ -194,6 +194,7 @@ def official(
     there: bool = True,
 ) -> Facts:
     """A folder in GLDv2's layout, GLD-v1 in gld_v1/ beside it; what is missing gives empty tables."""
+    cleaned = cleaned and cleaned.absolute()  # the data's own tables lie in `data`
     sources: dict[str, int] = {}
     notes: dict[str, int] = {}
     lost: dict[str, dict[str, int]] = {}
@@ -228,6 +229,8 @@ def official(
             table(cleaned or "train/train_clean.csv", "landmark_id", "images"), source
         )
         clean["path"] = _paths(clean["id"], "train", source)
+        if cleaned:
+            _refuse_strangers(clean["id"], train["id"], cleaned)
         train, clean, lost = _without(train, clean, excluded)
         train, clean, landmarks = _labelled(train, clean)
         categories = table(
@@ -376,12 +379,8 @@ def _recut(facts: Facts, cleaned: Path | None, excluded: Mapping[str, str]) -> F
     if cleaned is not None:
         table = read_csv(cleaned, ("landmark_id", "images"))
         clean = _clean_rows(table, cleaned)
+        _refuse_strangers(clean["id"], train["id"], cleaned)
         at = pd.Index(train["id"]).get_indexer(clean["id"])
-        if (at < 0).any():
-            strange = clean["id"][at < 0].iloc[0]
-            raise ValueError(
-                f"{cleaned}: {in_a_line(strange)} is not an image of train"
-            )
         clean["path"] = train["path"].to_numpy()[at]
     groups = dict(
         zip(facts.train["label"], facts.train["landmark_id"], strict=True)
@@ -395,7 +394,7 @@ def _recut(facts: Facts, cleaned: Path | None, excluded: Mapping[str, str]) -> F
         train=train,
         clean=clean,
         index=facts.index.assign(label=label),
-        country=np.array([country[each] for each in landmarks], dtype=object),
+        country=np.array([country.get(each, OTHER) for each in landmarks], object),
         excluded=excluded,
         lost=lost,
     )
@@ -610,6 +609,13 @@ def _refuse_repeats(ids: pd.Series, source: Path) -> None:
     if len(repeated):
         first = in_a_line(repeated.iloc[0])
         raise ValueError(f"{source}: {first} stands there more than once")
+
+
+def _refuse_strangers(ids: pd.Series, train: pd.Series, source: Path) -> None:
+    strange = ids[~ids.isin(train)]
+    if len(strange):
+        first = in_a_line(strange.iloc[0])
+        raise ValueError(f"{source}: {first} is not an image of train")
 
 
 def _refuse_wrong_root(rows: pd.DataFrame, data: Path) -> None:

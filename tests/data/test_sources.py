@@ -799,9 +799,27 @@ def test_other_layouts_take_a_clean_list_and_exclusions_too(classes, tmp_path):
         sources.read(root, "folders", clean=path)
 
 
+def test_a_clean_list_may_name_a_landmark_of_its_own(gldv2, classes, tmp_path):
+    path = tmp_path / "cleaned.csv"
+    for root, layout, name in (
+        (gldv2, "gldv2", "aaaa000000000008"),
+        (root := classes("a/0.jpg", "b/0.jpg"), "folders", ""),
+    ):
+        name = name or sources.read(root, layout).train["id"][0]
+        path.write_text(f"landmark_id,images\nnew,{name}\n")
+        facts = sources.read(root, layout, clean=path)
+        assert facts.clean["label"].tolist() == [0] and facts.country[0] == "OTHER"
+
+
+def test_a_clean_list_lies_where_the_caller_is(gldv2, cleaned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(sources.read(gldv2, clean=Path(cleaned.name)).clean) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"landmark_id,images\n10,{'f' * 16}\n", "f is not an image of train"),
         ("landmark_id,images\n10,aaaa\n", "'aaaa' is not an id of 16 hex digits"),
         ("landmark_id,images\n10,  \n", "landmark 10 has no images"),
         ("landmark_id,images\n10,\n", "line 2 has no images"),
