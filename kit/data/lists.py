@@ -127,9 +127,10 @@ def build(
         )
     shapes = _sizes(tables, data) if sizes else None
     if "gld_v1" in tables:
-        tables["gld_v1"], dropped["gld_v1"] = _first_generation(
-            facts.gld_v1, shapes, gld_v1_classes, gld_v1_side
+        tables["gld_v1"], more = _first_generation(
+            tables["gld_v1"], shapes, gld_v1_classes, gld_v1_side
         )
+        dropped["gld_v1"] |= more
     counts = {}
     for name, table in tables.items():
         own = name == "gld_v1"  # labels that say nothing about countries
@@ -173,15 +174,16 @@ def _cut(
     known, excluded = _allowed(known, facts.excluded)
     searched = set(index["id"])
     query = facts.query.assign(landmark_id="-1", label=-1)
+    first, unwanted = _allowed(facts.gld_v1, facts.excluded)
     tables = {
         "clean": facts.clean,
         "c2x": c2x,
         "full": full,
         "index": index,
         "query": query,
-        "gld_v1": facts.gld_v1,
+        "gld_v1": first,
     }
-    dropped = dict(facts.lost)
+    dropped = facts.lost | {"gld_v1": unwanted}
     dropped["c2x"] = {"landmark is not in the clean list": len(full) - len(c2x)}
     if index_ids is not None:
         searched = _searched(facts, index_ids)

@@ -780,6 +780,18 @@ def test_excluded_images_are_in_no_list_to_train_on_and_counted_in_each(gldv2, o
     assert told["excluded: landmark of rparis"] == 1
 
 
+def test_excluded_images_are_not_in_the_list_of_the_first_generation(gldv2, out):
+    names = [f"eeee00000000000{n}" for n in range(3)]
+    (gldv2 / "gld_v1").mkdir()
+    lines = [f"{name},{n % 2}\n" for n, name in enumerate(names)]
+    (gldv2 / "gld_v1/train.csv").write_text("id,landmark_id\n" + "".join(lines))
+    facts = sources.read(gldv2, excluded={names[0]: "near-duplicate of query"})
+    lists.build(facts, gldv2, out, sizes=False)
+    assert lists.load(out, "gld_v1").rows["id"].tolist() == names[1:]
+    told = facts_of(out / "gld_v1.csv")["dropped"]
+    assert told["excluded: near-duplicate of query"] == 1
+
+
 def test_both_truths_are_written_beside_the_lists(gldv2, out):
     path = gldv2 / "test/recognition_solution_v2.1.csv"
     path.write_text("id,landmarks,Usage\ncccc000000000001,10 0020,Private\n")
