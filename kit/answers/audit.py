@@ -190,6 +190,9 @@ def _shared(job: Audit, train: lists.StoredList) -> list[Finding]:
     """Landmarks of train that the other lists show, by label; they are only counted."""
     findings = []
     for name in job.against:
+        if name == OWN_LABELS:
+            log.info("list %s has labels of its own: landmarks not compared", name)
+            continue
         known, seen, images = overlap.known_labels(job.lists, name), set(), 0
         for rows in train.blocks(("label",)):
             own = rows.loc[rows["label"].isin(known), "label"]

@@ -243,6 +243,8 @@ def test_a_list_with_labels_of_its_own_is_compared_by_looks_alone(job, data):
     result = audit.run(replace(job, train="gld_v1", labels=True))
     assert list(excluded(result)) == ["eeee000000000001"]
     assert len(result.findings) == 2
+    found = findings(audit.run(replace(job, against=("gld_v1",), benchmarks=())))
+    assert list(found) == ["near-duplicates of gld_v1 (perceptual hash, 6 bits)"]
 
 
 def test_the_table_is_aligned():
