@@ -1,11 +1,10 @@
 """The page of one cleaning: what stays, what decided it, and examples of what stays and what goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from kit.answers.cleaning.calibrate import Curve
 from kit.answers.cleaning.candidates import Labelled
@@ -59,10 +58,13 @@ def write(
 def decided(
     rule: Rule,
     curve: Curve | None = None,
-    grid: pd.DataFrame | None = None,
+    grid: Sequence[Sequence[int]] | None = None,
     poll: Poll | None = None,
 ) -> list[Section]:
-    """Sections that show the numbers behind the decision, those that there are."""
+    """Sections that show the numbers behind the decision, those that there are.
+
+    grid: the rows of `kit.answers.cleaning.rule.grid`.
+    """
     sections = []
     if poll is not None:
         ranked = np.sort(poll.agreement)[::-1]
@@ -116,12 +118,12 @@ def _outcome(given: Labelled, kept: Kept) -> Section:
 
 
 def _sizes(
-    grid: pd.DataFrame, rule: Rule
+    grid: Sequence[Sequence[int]], rule: Rule
 ) -> tuple[list[str], list[list[object]], list[int]]:
     """A column a number of inliers, a row a number of neighbours; which row is the rule's."""
     cells = {
         (least, count): f"{landmarks:,} · {images:,}"
-        for least, count, landmarks, images in grid.itertuples(index=False)
+        for least, count, landmarks, images in grid
     }
     inliers, neighbours = (
         list(dict.fromkeys(each)) for each in zip(*cells, strict=True)

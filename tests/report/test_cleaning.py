@@ -83,7 +83,7 @@ def test_inliers_make_a_page_with_their_curve_and_sizes(given, tmp_path):
     needs = Rule("inliers", min_inliers=30, min_neighbours=4)
     kept = rule.by_inliers(found, labelled.labels, needs)
     curve = calibrate.curve([5, 40, 60], [3, 4])
-    grid = rule.grid(found, labelled.labels, needs)
+    grid = rule.grid(found, labelled.labels, needs).to_numpy().tolist()
     poll = votes.by_votes(labelled, Vote(5), needs)
     sections = cleaning.decided(needs, curve, grid, poll)
     path = cleaning.write(
@@ -124,7 +124,7 @@ def test_the_table_of_sizes_has_every_cell(given, tmp_path):
     inliers = np.random.default_rng(0).integers(0, 60, (31, 31))
     found = stored(tmp_path, walked(labelled, 9), np.maximum(inliers, inliers.T))
     needs = Rule("inliers", min_neighbours=4)
-    grid = rule.grid(found, labelled.labels, needs)
+    grid = rule.grid(found, labelled.labels, needs).to_numpy().tolist()
     header, rows, own = cleaning._sizes(grid, needs)
     assert own == [3] and len(rows) == 10
     assert header == ["neighbours", *(f"{n} inliers" for n in (20, 30, 40, 50))]
@@ -135,5 +135,5 @@ def test_the_table_of_sizes_has_every_cell(given, tmp_path):
     }
     assert cells == {
         (least, count): f"{landmarks} · {images}"
-        for least, count, landmarks, images in grid.to_numpy().tolist()
+        for least, count, landmarks, images in grid
     }
