@@ -16,6 +16,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,8 @@ def _query(row: Any, groups: Sequence[str], count: int) -> Query:
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError(f"{value!r} is no name of an image")
+        # in short: a few bytes of pickle hold lists that no memory could show whole
+        raise ValueError(f"{reprlib.repr(value)} is no name of an image")
     return value
 
 

@@ -113,6 +113,18 @@ def test_each_lock_holds_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "stolen").exists()
 
 
+def test_a_pickle_of_lists_in_lists_is_not_shown_whole(tmp_path):
+    name = ["x"]
+    for _ in range(20):
+        name = [name] * 2  # a million of them if they were shown
+    truth = {"imlist": [name], "qimlist": [], "gnd": []}
+    path = tmp_path / "gnd.pkl"
+    path.write_bytes(pickle.dumps(truth, protocol=2))
+    with pytest.raises(ValueError, match="is no name of an image") as refusal:
+        read(path)
+    assert len(str(refusal.value)) < 5000 and path.stat().st_size < 1000
+
+
 def test_a_pickle_cannot_ask_for_more_memory_than_it_has_bytes():
     with pytest.raises(ValueError, match="counts more values than it has bytes"):
         plain(b"\x80\x02]r\xff\xff\xff\x7f.")
