@@ -123,6 +123,8 @@ def evaluate(
     plan = networks.chain(chain)
     if plan.steps and distractors is not None:
         raise ValueError("a chain reranks no distractors; go without one of them")
+    if benchmark.name == DISTRACTORS:
+        raise ValueError(f"{DISTRACTORS} is a folder's name; call the file another")
     out = work / benchmark.name
     asking = [
         _asking(query, images / path, out / "images" / "queries", number, whole)

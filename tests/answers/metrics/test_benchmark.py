@@ -238,6 +238,15 @@ def test_a_chain_reranks_no_distractors(asked, pictures, tmp_path, looks):
         evaluate(asked, pictures, tmp_path, looks, chain=chain, distractors=pictures)
 
 
+def test_a_benchmark_is_not_called_as_the_distractors_are(
+    asked, pictures, tmp_path, looks
+):
+    named = replace(asked, name="distractors")
+    with pytest.raises(ValueError, match="call the file another"):
+        evaluate(named, pictures, tmp_path, looks)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_chain_does_not_rank_what_does_not_fit(
     asked, pictures, tmp_path, looks, monkeypatch
 ):
