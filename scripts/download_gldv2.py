@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from kit.data import sources
 from kit.data.download import forecast, gld_v1, official, run
-from kit.data.download.order import Order, numbers
+from kit.data.download.order import Order, numbers, refuse
 from kit.data.download.transfer import Client, Patience
 
 META = ROOT / "datasets_meta"
@@ -56,7 +56,14 @@ def options() -> argparse.Namespace:
     add("--tries", type=int, help="in a row that bring nothing (default: 8, GLD-v1 3)")
     add("--timeout", type=float, default=Patience.timeout, help="seconds of silence")
     add("--official", type=Path, default=META / "gldv2.json", help="patterns and sizes")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.gld_v1 and given.dry_run:
+        parser.error("--dry-run: what GLD-v1 costs is not known before it is there")
+    for name in ("jobs", "workers", "rate", "tries", "timeout"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} is {value}, not above 0")
+    return given
 
 
 def order(given: argparse.Namespace) -> Order:
@@ -89,6 +96,7 @@ def fetch(given: argparse.Namespace) -> int:
         return len(gld_v1.run(given.gld_v1, given.out, client, given.jobs))
     source = official.read(given.official, given.host, given.country_host)
     if given.dry_run:
+        refuse(order(given), source)
         rate = given.rate * forecast.MB if given.rate else None
         cost = run.cost(order(given), source, client)
         print(*forecast.lines(cost, rate, forecast.free_bytes(given.out)), sep="\n")

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -584,6 +585,29 @@ def test_the_command_tells_what_it_costs_and_what_is_bad(tmp_path, server):
     )
     assert "Traceback" not in ended.stderr
     assert files.read_json(out / "download/settings.json")["side"] == 60
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--splits", "foo"), "split foo is not of train, index, test"),
+        (("--stream-resize", "0"), "a side of 1 or more"),
+        (("--rate", "-5"), "--rate is -5.0, not above 0"),
+        (("--timeout", "nan"), "--timeout is nan, not above 0"),
+        (("--jobs", "0"), "--jobs is 0, not above 0"),
+        (("--gld-v1", "list.csv"), "what GLD-v1 costs is not known"),
+    ],
+)
+def test_the_command_refuses_in_one_line_what_costs_nothing(more, words, tmp_path):
+    (tmp_path / "list.csv").write_text("id,url,landmark_id\n")
+    facts = write_official(tmp_path / "official.json")
+    stub = SimpleNamespace(url="http://127.0.0.1:9")
+    dry = command(stub, tmp_path / "out", facts, "--dry-run", *more)
+    ended = subprocess.run(
+        dry, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert ended.returncode and words in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
