@@ -46,6 +46,8 @@ def run(table: Path, out: Path, client: Client, threads: int) -> list[tuple[str,
     if target.exists() and target.samefile(table):
         raise ValueError(f"{table} is written here; give the list from another place")
     rows = sources.read_csv(table, ("id", "url", "landmark_id"))
+    if (again := rows.loc[rows["id"].duplicated(), "id"]).any():
+        raise ValueError(f"{table}: {again.iloc[0]} stands there more than once")
     with files.lock(out / "download"):
         journal = out / "download" / "gld_v1_dropped.csv"
         dropped = _read_journal(journal)

@@ -174,3 +174,13 @@ def test_an_id_that_names_no_file_is_refused(bad, table, client, tmp_path):
     table.write_text(f"id,url,landmark_id\n{bad},http://x,1\n")
     with pytest.raises(ValueError, match="is not an id of 16 hex digits"):
         gld_v1.run(table, tmp_path / "out", client, 2)
+
+
+def test_an_id_that_stands_there_twice_is_refused_before_anything_is_fetched(
+    table, client, tmp_path, server
+):
+    text = table.read_text()
+    table.write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match="0001 stands there more than once"):
+        gld_v1.run(table, tmp_path / "out", client, 2)
+    assert server.heard == [] and not (tmp_path / "out").exists()
