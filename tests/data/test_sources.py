@@ -801,11 +801,9 @@ def test_other_layouts_take_a_clean_list_and_exclusions_too(classes, tmp_path):
 
 def test_a_clean_list_may_name_a_landmark_of_its_own(gldv2, classes, tmp_path):
     path = tmp_path / "cleaned.csv"
-    for root, layout, name in (
-        (gldv2, "gldv2", "aaaa000000000008"),
-        (root := classes("a/0.jpg", "b/0.jpg"), "folders", ""),
-    ):
-        name = name or sources.read(root, layout).train["id"][0]
+    folders = classes("a/0.jpg", "b/0.jpg")
+    for root, layout in ((gldv2, "gldv2"), (folders, "folders")):
+        name = sources.read(root, layout).train["id"][0]
         path.write_text(f"landmark_id,images\nnew,{name}\n")
         facts = sources.read(root, layout, clean=path)
         assert facts.clean["label"].tolist() == [0] and facts.country[0] == "OTHER"
