@@ -125,6 +125,13 @@ def evaluate(
         raise ValueError("a chain reranks no distractors; go without one of them")
     if benchmark.name == DISTRACTORS:
         raise ValueError(f"{DISTRACTORS} is a folder's name; call the file another")
+    whole_folders = [images] if benchmark.truth.kind == "classic" else []
+    for folder in filter(None, [*whole_folders, distractors]):
+        if work.resolve().is_relative_to(folder.resolve()):  # crops would be found, too
+            raise ValueError(
+                f"{work} is in {folder}, whose pictures are all searched; "
+                "write to a folder elsewhere"
+            )
     out = work / benchmark.name
     asking = [
         _asking(query, images / path, out / "images" / "queries", number, whole)

@@ -247,6 +247,18 @@ def test_a_benchmark_is_not_called_as_the_distractors_are(
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_written_where_all_pictures_are_searched(
+    truth, asked, pictures, tmp_path, looks
+):
+    classic = by_name(replace(truth, kind="classic"), "gnd", "old", pictures)
+    inside = pictures / "sub" / ".." / "work"
+    with pytest.raises(ValueError, match="write to a folder elsewhere"):
+        evaluate(classic, pictures, inside, looks)
+    with pytest.raises(ValueError, match="write to a folder elsewhere"):
+        evaluate(asked, pictures, inside, looks, distractors=pictures)
+    assert not (pictures / "work").exists()
+
+
 def test_a_chain_does_not_rank_what_does_not_fit(
     asked, pictures, tmp_path, looks, monkeypatch
 ):
