@@ -91,9 +91,13 @@ def lines(cost: Forecast, rate: float | None, free: int) -> list[str]:
     ]
 
 
-def refuse_full_disk(cost: Forecast, out: Path) -> None:
-    """One clear line before anything is fetched, where it cannot end well."""
-    need, free = cost.kept + cost.passing, free_bytes(out)
+def refuse_full_disk(cost: Forecast, out: Path, there: int = 0) -> None:
+    """One clear line before anything is fetched, where it cannot end well.
+
+    there: bytes of the cost that an earlier run has brought.
+    """
+    there = min(there, cost.passing or cost.kept)  # more jobs than now may have begun
+    need, free = cost.kept + cost.passing - there, free_bytes(out)
     if need > free:
         raise ValueError(
             f"{out}: about {_gb(need)} are needed and {_gb(free)} are free; take fewer tars, "

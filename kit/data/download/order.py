@@ -71,6 +71,12 @@ class Order:
             return not record["images"] or self.shard(tar).exists()
         return True
 
+    def begun_bytes(self, source: Official) -> int:
+        """Of the tars that remain, what is on the disk."""
+        paths = [self.original(tar) for tar in self.remaining(source)]
+        some = [path.with_name(f"{path.name}.part") for path in paths]
+        return sum(path.stat().st_size for path in (*paths, *some) if path.exists())
+
     def remaining(self, source: Official) -> list[Tar]:
         return [tar for tar in self.tars(source) if not self.is_done(tar)]
 

@@ -152,7 +152,7 @@ def _fetch_images(
         log.info("%s: no image of these landmarks, left out", split)
     order = replace(order, splits=splits)
     expected = cost(order, source)
-    forecast.refuse_full_disk(expected, order.out)
+    forecast.refuse_full_disk(expected, order.out, order.begun_bytes(source))
     with (
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,
         tqdm(total=expected.bytes, unit="B", unit_scale=True, disable=None) as bar,

@@ -510,6 +510,25 @@ def test_a_disk_that_is_too_small_is_said_before_any_tar(
     assert not [p for _, p, _ in server.heard if p.endswith(".tar")]
 
 
+@pytest.mark.parametrize("kind", ["tars", "shards"])
+def test_what_came_before_needs_no_more_room(
+    kind, monkeypatch, source, client, tmp_path, server
+):
+    out, order = tmp_path / "out", {"kind": kind, "splits": ["test"]}
+    size = len(server.files["gl/test/images_000.tar"])
+    server.faults["gl/test/images_000.tar"] = [Fault(keep=size // 8)] * 4
+    assert len(go(out, source, client, **order)) == 1
+    # 100,000 bytes and as many to shrink are expected, and a half of one has come
+    need = (1 if kind == "tars" else 1 + (512 / 600) ** 2) * 100_000 - size // 8 * 4
+    for free, enough in ((need - 9, False), (need + 9, True)):
+        monkeypatch.setattr(run.forecast, "free_bytes", lambda path, free=free: free)
+        if enough:
+            assert go(out, source, client, **order) == []
+            continue
+        with pytest.raises(ValueError, match="are needed"):
+            go(out, source, client, **order)
+
+
 def test_a_full_disk_ends_everything_at_once(monkeypatch, source, client, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
