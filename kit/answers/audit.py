@@ -313,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("against", "benchmarks"):
         given[name] = tuple(given[name])
     try:
+        exclusions.refuse_place(out)  # before hours of work
         result = run(Audit(**given))
         rows = (row for each in result.findings for row in each.excluded)
         exclusions.write(out, rows, result.about)

@@ -28,17 +28,22 @@ class Exclusion(NamedTuple):
     of: str  # id of an image, or benchmark/landmark
 
 
-def write(path: Path, rows: Iterable[Exclusion], about: Mapping[str, Any]) -> Path:
-    """Writes the CSV, then the JSON beside it; of an image's rows the first is kept.
-
-    A file in its place that is no exclusion list is refused.
-    """
+def refuse_place(path: Path) -> None:
+    """Refuses a place where no exclusion list can be written."""
     if path.suffix != ".csv":
         raise ValueError(
             f"{path}: an exclusion list is a .csv; its JSON lies beside it"
         )
     if path.exists():
         _parsed(path)
+
+
+def write(path: Path, rows: Iterable[Exclusion], about: Mapping[str, Any]) -> Path:
+    """Writes the CSV, then the JSON beside it; of an image's rows the first is kept.
+
+    A file in its place that is no exclusion list is refused.
+    """
+    refuse_place(path)
     kept: dict[str, Exclusion] = {}
     for row in rows:
         kept.setdefault(row.id, row)

@@ -294,6 +294,11 @@ def test_the_command_refuses_in_one_line(job, tmp_path):
     with pytest.raises(SystemExit, match=r"^audit: no list index_val in .*$"):
         audit.main([*map(str, given), "--against", "index_val"])
     assert not (tmp_path / "x.csv").exists()
+    given[-1] = tmp_path / "list.csv"
+    given[-1].write_text("id,landmark_id\n")
+    with pytest.raises(SystemExit, match="no exclusion list, it has no column reason"):
+        audit.main([*map(str, given)])
+    assert not (tmp_path / "hashes").exists()  # before anything was looked at
 
 
 def test_no_real_photo_of_train_is_one_of_index_or_query(photos, tmp_path):
