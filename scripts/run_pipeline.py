@@ -45,7 +45,7 @@ def options() -> argparse.Namespace:
         "--everything",
         action="store_true",
         help="train on validation's own images, too, for a submission whose answers "
-        "nobody has; no offline number is honest then, so steps 04 and 05 are left out",
+        "nobody has; no offline number is honest then, so steps 04, 05 and 07 are left out",
     )
     add(
         "--weights",
@@ -198,7 +198,9 @@ def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -
     if given.stop_after:
         os.environ[launch.STOP_AT] = str(time.time() + plan.seconds(given.stop_after))
     if given.everything:
-        print("trains on everything: no step 04 or 05, for no offline number is honest")
+        print(
+            "trains on everything: no step 04, 05 or 07, for no offline number is honest"
+        )
     stop = ""
     try:
         with session.host(run.calls, launch.Stopped) if several else nullcontext():

@@ -273,11 +273,11 @@ def test_the_help_lists_the_recipes_and_says_what_nodes_share(script, capsys):
     said = "".join(capsys.readouterr().out.split())
     assert all(name in said for name in recipes.RECIPES)
     assert "Allneedthesame--workfolder" in said
-    assert "steps04and05areleftout" in said
+    assert "steps04,05and07areleftout" in said
 
 
 def test_the_list_of_steps_without_a_holdout_has_no_numbers(run, script, capsys):
-    script("--recipe", "toy", "--everything", "--list")
+    script("--recipe", "toy", "--everything", "--recognise", "--list")
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names[-1] == "03_features_trained"
     assert not run.work.exists()
