@@ -31,7 +31,7 @@ import torch
 from kit import config, files, launch
 from kit.answers import leaks
 from kit.answers.trial import STOPPED, Search, Trial
-from kit.data import lists, sources
+from kit.data import lists, tables
 from kit.models import net as nets
 from kit.nodes.agent import ended
 from kit.training.spaces import Point, Space, is_range, points
@@ -152,7 +152,7 @@ def _prepare(search: Search, found: Sequence[Point]) -> None:
     names = sorted({search.query, search.index, *trained})
     named = {name: lists.load(job.lists, name, ("id",)) for name in names}
     solution = job.lists / "solution.csv"
-    if not (sources.read_solution(solution)["usage"] == "Public").any():
+    if not (tables.read_solution(solution)["usage"] == "Public").any():
         raise ValueError(f"{solution} has no public query to choose a trial by")
     seen = {named[name].hash: name for name in trained}
     for about in earlier.values():

@@ -17,7 +17,7 @@ from bench import ROOT, Bench, Row
 
 from kit import tune
 from kit.answers.trial import Search
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 from kit.data.augment import Augment
 from kit.training import recipes
 from kit.training.job import Job, change
@@ -74,7 +74,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 def _job(data: Path, folder: Path, epochs: int) -> Job:
     """The demo's network on the noisy list: as many samples for every variant."""
-    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    continents = tables.read_continents(ROOT / "datasets_meta" / "continents.csv")
     lists.build(sources.official(data), data, folder / "lists", continents)
     recipe = recipes.get("toy")
     stage = change(

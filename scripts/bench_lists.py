@@ -144,7 +144,7 @@ def build(data: Path, out: Path) -> None:
     facts = sources.read(data, there=False)
     meta = ROOT / "datasets_meta"
     said = sources.completeness(facts, files.read_json(meta / "gldv2.json"))
-    continents = sources.read_continents(meta / "continents.csv")
+    continents = tables.read_continents(meta / "continents.csv")
     counts = lists.build(facts, data, out, continents, sizes=False)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps([peak, said, sum(counts.values())]))

@@ -28,7 +28,7 @@ from kit.answers import tuning
 from kit.answers.metrics import mean_ap, protocol
 from kit.answers.metrics.protocol import Protocol
 from kit.answers.retrieval import Scenes
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 from kit.features import extract
 from kit.features.views import Views
 from kit.rerank import steps
@@ -53,7 +53,7 @@ class Photos:
 
     scenes: Scenes
     model: str
-    solution: Any  # a table of sources.read_solution
+    solution: Any  # a table of tables.read_solution
     protocol: Protocol
     per_landmark: bool = False
     scores: dict[str, mean_ap.Score] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def trained_rows(bench: Bench) -> Iterator[Row]:
     found = [lists.load(work / "lists", name) for name in names]
     folder = work / "features" / recipe.name
     scenes = Scenes(folder, *found, data, work / "graph" / recipe.name, _cores())
-    solution = sources.read_solution(work / "lists" / "solution.csv")
+    solution = tables.read_solution(work / "lists" / "solution.csv")
     model = recipe.stages[-1].name
     about = _protocol(folder, model, work / "lists", solution, found[2])
     photos = Photos(scenes, model, solution, about)
@@ -236,7 +236,7 @@ def _transductive(step: Step) -> bool:
 
 def _untrained(data: Path, work: Path) -> Photos:
     """The pretrained network's features of queries and index, extracted here."""
-    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    continents = tables.read_continents(ROOT / "datasets_meta" / "continents.csv")
     names = ("query", "index")
     lists.build(
         sources.official(data),
@@ -262,7 +262,7 @@ def _untrained(data: Path, work: Path) -> Photos:
         )
     found = [lists.load(work / "lists", name) for name in names]
     scenes = Scenes(work / "features", *found, data=data, processes=_cores())
-    solution = sources.read_solution(work / "lists" / "solution.csv")
+    solution = tables.read_solution(work / "lists" / "solution.csv")
     model = recipes.UNTRAINED
     about = _protocol(work / "features", model, work / "lists", solution)
     return Photos(scenes, model, solution, about)

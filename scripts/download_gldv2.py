@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kit.data import sources
+from kit.data import tables
 from kit.data.download import forecast, gld_v1, official, run
 from kit.data.download.order import Order, numbers, refuse
 from kit.data.download.transfer import Client, Patience
@@ -103,7 +103,7 @@ def fetch(given: argparse.Namespace) -> int:
         if given.subset:
             print("a subset is found by reading every tar: all are fetched")
         return 0
-    codes = [*sources.read_continents(META / "continents.csv")]
+    codes = [*tables.read_continents(META / "continents.csv")]
     return len(run.run(order(given), source, client, codes, given.workers))
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kit import files
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 from kit.data.inputs import InputSpec
 from kit.features import extract, store
 from kit.models.net import NetConfig
@@ -31,7 +31,7 @@ def few(photos, continents, tmp_path_factory) -> Path:
     """Lists of four training images and two queries of the packages photos."""
     folder = tmp_path_factory.mktemp("few")
     data = photos / "packages"
-    where = sources.read_continents(continents)
+    where = tables.read_continents(continents)
     lists.build(sources.official(data), data, folder, where, sizes=False)
     for name, count in (("clean", 4), ("query", 2)):
         table = pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)

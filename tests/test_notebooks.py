@@ -11,7 +11,7 @@ import pytest
 from kit import pipeline, plan
 from kit.answers import gain_table, retrieval, submission
 from kit.answers.metrics import mean_ap
-from kit.data import lists, sources, toy
+from kit.data import lists, sources, tables, toy
 from kit.features import store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def test_a_cleaned_list_is_one_that_lists_take(tiny, tmp_path):
     facts = sources.read(tiny.data, "gldv2", clean=cleaned)
     lists.build(facts, tiny.data, tmp_path, sizes=False, wanted=("clean", "c2x"))
     kept = set(lists.load(tmp_path, "clean").ids)
-    written = sources.read_csv(cleaned, ("landmark_id", "images"))
+    written = tables.read_csv(cleaned, ("landmark_id", "images"))
     assert kept == set(" ".join(written["images"]).split())
     assert 0 < len(kept) < len(lists.load(tiny.lists, "full"))
 

@@ -45,8 +45,8 @@ class Audit:
     workers: int | None = None  # threads that hash; None: one a core
 
     def __post_init__(self) -> None:
-        if not 0 < self.least <= 1:
-            raise ValueError(f"least is {self.least}, not a cosine above 0, at most 1")
+        if not 0 < self.least < 1:  # 1 would miss what float16 rounds
+            raise ValueError(f"least is {self.least}, not a cosine between 0 and 1")
         if self.train in self.against:
             raise ValueError(f"list {self.train} cannot be compared with itself")
 
@@ -118,6 +118,31 @@ def table(findings: Sequence[Finding]) -> str:
         + "  ".join(f"{n:>{width}}" for n, width in zip(numbers, widths, strict=True))
         for what, *numbers in (head, *rows)
     )
+
+
+def _earlier(job: Audit, out: Path) -> list[exclusions.Exclusion]:
+    """What stands in `out` already, where the list was built without these images.
+
+    They would not be found again, and the next lists would hold them.
+    """
+    dropped = files.read_json(
+        lists.find(job.lists, job.train).path.with_suffix(".json")
+    )
+    count = sum(
+        images
+        for why, images in dropped["dropped"].items()
+        if why.startswith(exclusions.DROPPED)
+    )
+    if not count:
+        return []
+    earlier = exclusions.rows(out) if out.exists() else []
+    if len(earlier) < count:
+        raise ValueError(
+            f"list {job.train} was built without {count} excluded images; give --out the "
+            "list that names them, so that they stay excluded, or build the lists without one"
+        )
+    log.info("%d images of %s stay excluded", len(earlier), out)
+    return earlier
 
 
 def _by_hash(
@@ -314,15 +339,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[name] = tuple(given[name])
     try:
         exclusions.refuse_place(out)  # before hours of work
-        result = run(Audit(**given))
-        rows = (row for each in result.findings for row in each.excluded)
-        exclusions.write(out, rows, result.about)
+        job = Audit(**given)
+        earlier = _earlier(job, out)
+        result = run(job)
+        found = [row for each in result.findings for row in each.excluded]
+        exclusions.write(out, [*earlier, *found], result.about)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"audit: {error}")
     print(table(result.findings))
     for line in result.examples:
         print(line)
-    left_out = len({row.id for each in result.findings for row in each.excluded})
+    left_out = len({row.id for row in (*earlier, *found)})
     print(f"{out}: {left_out} images")
 
 

@@ -83,7 +83,7 @@ def find(
     """Those of a list of `folder` that have no label; `features` holds <model>/<list>.
 
     Of the queries, which have none at all, those of the public half that show no landmark by
-    `solution`, a table of sources.read_recognition: the private half must not be known.
+    `solution`, a table of tables.read_recognition: the private half must not be known.
     """
     images = lists.load(folder, name, ("id", "label"))
     ids = images.ids[images.labels < 0]

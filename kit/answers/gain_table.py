@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kit import files
-from kit.data.sources import read_csv
+from kit.data.tables import read_csv
 
 COLUMNS = ("step", "public", "private", "note")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kit import files
-from kit.data.sources import read_csv
+from kit.data.tables import read_csv
 
 Table = pd.DataFrame
 PREDICTIONS = ["id", "landmark", "confidence"]  # columns of a table of them

@@ -13,7 +13,7 @@ from kit import config, files, launch
 from kit.answers import retrieval
 from kit.answers.metrics import mean_ap, protocol
 from kit.answers.metrics.protocol import Protocol
-from kit.data import lists, sources
+from kit.data import lists, tables
 from kit.features import extract
 from kit.nodes.agent import end_with
 from kit.rerank.chain import Chain
@@ -86,7 +86,7 @@ def score(trial: Trial, seed: int) -> tuple[float, float, Protocol]:
     query, index = (lists.load(job.lists, name, ("id",)) for name in names)
     scenes = retrieval.Scenes(runs / "features", query, index)
     chain = Chain({job.stage.name: 1.0})
-    solution = sources.read_solution(job.lists / "solution.csv")
+    solution = tables.read_solution(job.lists / "solution.csv")
     found = mean_ap.evaluate(*scenes.answers(chain), solution)
     told = *names, protocol.of_lists(job.lists), len(found.queries)
     about = protocol.describe(runs / "features", chain, *told)

@@ -17,6 +17,7 @@ import kit
 from kit import files
 
 COLUMNS = ("id", "reason", "of")
+DROPPED = "excluded: "  # what lists count them under, and the reason
 ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -64,6 +65,11 @@ def write(path: Path, rows: Iterable[Exclusion], about: Mapping[str, Any]) -> Pa
 
 def read(path: Path) -> dict[str, str]:
     """Image id -> reason; refuses what is no exclusion list, and one that its JSON disowns."""
+    return {row.id: row.reason for row in rows(path)}
+
+
+def rows(path: Path) -> list[Exclusion]:
+    """The same, row by row."""
     found = _parsed(path)
     beside = path.with_suffix(".json")
     if beside.exists():
@@ -76,10 +82,10 @@ def read(path: Path) -> dict[str, str]:
     return found
 
 
-def _parsed(path: Path) -> dict[str, str]:
+def _parsed(path: Path) -> list[Exclusion]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such exclusion list")
-    found: dict[str, str] = {}
+    found: dict[str, Exclusion] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             table = csv.DictReader(file, strict=True)
@@ -95,9 +101,9 @@ def _parsed(path: Path) -> dict[str, str]:
                 elif name in found:
                     problem = f"has {name} once more"
                 else:
-                    found[name] = reason
+                    found[name] = Exclusion(name, reason, row.get("of") or "")
                     continue
                 raise ValueError(f"{path}: line {table.line_num} {problem}")
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a CSV file ({error})") from None
-    return found
+    return list(found.values())

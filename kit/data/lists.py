@@ -25,9 +25,10 @@ import pandas as pd
 
 import kit
 from kit import files
-from kit.data import images
+from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
-from kit.data.sources import Facts, read_solution
+from kit.data.sources import Facts
+from kit.data.tables import read_solution
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ def _allowed(
         return rows, {}
     reason = rows["id"].map(excluded)
     counts = reason.value_counts().sort_index()
-    found = {f"excluded: {why}": int(count) for why, count in counts.items()}
+    found = {exclusions.DROPPED + why: int(count) for why, count in counts.items()}
     return rows[reason.isna()], found
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from kit import files
 from kit.data import lists
-from kit.data.sources import category_name, read_csv, read_solution
+from kit.data.sources import category_name
+from kit.data.tables import read_csv, read_solution
 
 LETTERS = str.maketrans({"œ": "oe", "æ": "ae", "ø": "o", "ł": "l"})  # not decomposed
 

@@ -9,7 +9,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,12 +19,19 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
+from kit.data import exclusions
 from kit.data.readers import open_reader
+from kit.data.tables import (
+    in_a_line,
+    read_csv,
+    read_recognition,
+    read_solution,
+    refuse_repeats,
+)
 
 SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")
 PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
-BLOCK = 1 << 18  # rows of a CSV read at a time
 NONE: Mapping[str, str] = MappingProxyType({})
 OTHER = "OTHER"  # the country of a landmark in no country file
 
@@ -56,81 +63,6 @@ class Facts:
     excluded: Mapping[str, str] = field(default_factory=dict)  # id -> why
     # of train's images, that stand in no table any more: list -> reason -> how many
     lost: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
-def read_csv(
-    path: Path, columns: Iterable[str], optional: Collection[str] = ()
-) -> pd.DataFrame:
-    """Columns of a CSV as text: an id stays one though it looks like a number, `NA` a word.
-
-    optional: columns that come along where they are there. Others are read, so that a line of
-    another length is noticed, and not kept: addresses weigh more than all ids.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    columns = list(columns)
-    parts = []
-    try:
-        with pd.read_csv(
-            path, dtype=str, keep_default_na=False, chunksize=BLOCK
-        ) as blocks:
-            for block in blocks:
-                _refuse_other_columns(path, block, columns)
-                kept = [n for n in block.columns if n in columns or n in optional]
-                parts.append(block[kept])
-    except (
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        UnicodeDecodeError,
-    ) as error:
-        raise ValueError(f"{path}: not a CSV file ({in_a_line(error)})") from None
-    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
-
-
-def _refuse_other_columns(
-    path: Path, block: pd.DataFrame, columns: Sequence[str]
-) -> None:
-    if block.index.dtype != np.int64:  # pandas made the first column its index
-        raise ValueError(
-            f"{path}: not a CSV file (its lines are longer than the header)"
-        )
-    missing = [name for name in columns if name not in block.columns]
-    if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}; it has "
-            + in_a_line(", ".join(block.columns))
-        )
-
-
-def in_a_line(what: object, most: int = 100) -> str:
-    """Something out of a file, for a message: spaces instead of line ends, and not too long."""
-    text = " ".join(str(what).split())
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def read_solution(path: Path) -> pd.DataFrame:
-    """id, images (ids with spaces between them, empty where ignored), usage."""
-    table = read_csv(path, ("id", "images", "Usage"))
-    table = table[["id", "images", "Usage"]].rename(columns={"Usage": "usage"})
-    _refuse_strange_usage(table, path)
-    _refuse_repeats(table["id"], path)
-    table.loc[table["usage"] == "Ignored", "images"] = ""
-    return table
-
-
-def read_recognition(path: Path) -> pd.DataFrame:
-    """id, landmarks (of train, with spaces between them; empty where none is shown), usage."""
-    table = read_csv(path, ("id", "landmarks", "Usage"))
-    table = table[["id", "landmarks", "Usage"]].rename(columns={"Usage": "usage"})
-    _refuse_strange_usage(table, path)
-    _refuse_repeats(table["id"], path)
-    return table
-
-
-def read_continents(path: Path, column: str = "continent") -> dict[str, str]:
-    """Country code -> continent; column `glr2021` has the 2021 system's choices."""
-    table = read_csv(path, ("country", column))
-    return dict(zip(table["country"], table[column], strict=True))
 
 
 def completeness(facts: Facts, whole: Mapping[str, Any]) -> str:
@@ -222,7 +154,7 @@ def official(
     names: dict[str, int] = {}  # category -> label
     if (data / "train").is_dir():
         train = table("train/train.csv", "id", "landmark_id")
-        _refuse_repeats(train["id"], data / "train/train.csv")
+        refuse_repeats(train["id"], data / "train/train.csv")
         train["path"] = _paths(train["id"], "train", data / "train/train.csv")
         source = cleaned or data / "train/train_clean.csv"
         clean = _clean_rows(
@@ -247,7 +179,7 @@ def official(
         )
     if (data / "test").is_dir():
         query = table("test/test.csv", "id")[["id"]]
-        _refuse_repeats(query["id"], data / "test/test.csv")
+        refuse_repeats(query["id"], data / "test/test.csv")
         query["path"] = _paths(query["id"], "test", data / "test/test.csv")
         if (data / "test/retrieval_solution_v2.1.csv").exists():
             solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
@@ -259,7 +191,7 @@ def official(
     for rows in (train, index, query) if there else ():
         _refuse_wrong_root(rows, data)
     everything = pd.concat([train["id"], index["id"], query["id"]], ignore_index=True)
-    _refuse_repeats(everything, data)  # one image in two splits would leak
+    refuse_repeats(everything, data)  # one image in two splits would leak
     facts = Facts(train, clean, index, query, solution, country, sources, notes)
     facts.recognition, facts.excluded, facts.lost = recognition, excluded, lost
     if (data / "gld_v1").is_dir():
@@ -295,7 +227,7 @@ def competition(data: Path, query: str = "test", index: str = "index") -> Facts:
         if not ids:
             raise ValueError(f"{place}: no image in it")
         rows = pd.DataFrame({"id": ids}, dtype=object)
-        _refuse_repeats(rows["id"], place)
+        refuse_repeats(rows["id"], place)
         rows["path"] = _paths(rows["id"], split, place)
         _refuse_wrong_root(rows, data)
         tables[folder] = rows
@@ -315,20 +247,20 @@ def competition(data: Path, query: str = "test", index: str = "index") -> Facts:
 
 
 def _first_generation(train: pd.DataFrame, source: Path) -> pd.DataFrame:
-    _refuse_repeats(train["id"], source)
+    refuse_repeats(train["id"], source)
     paths = _paths(train["id"], "gld_v1", source)
     return train[["id", "landmark_id"]].assign(path=paths)
 
 
 def _clean_rows(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     """landmark_id, images -> id and landmark_id of each image, in file order."""
-    _refuse_repeats(table["landmark_id"], source)
+    refuse_repeats(table["landmark_id"], source)
     rows = table.assign(id=table["images"].str.split())
     rows = rows.explode("id", ignore_index=True)[["id", "landmark_id"]]
     if rows["id"].isna().any():  # nothing but spaces
         landmark = rows.loc[rows["id"].isna(), "landmark_id"].iloc[0]
         raise ValueError(f"{source}: landmark {in_a_line(landmark)} has no images")
-    _refuse_repeats(rows["id"], source)
+    refuse_repeats(rows["id"], source)
     return rows
 
 
@@ -342,7 +274,7 @@ def _without(
     for name, rows in (("full", train), ("clean", clean)):
         reason = rows["id"].map(excluded)
         counts = reason.value_counts().sort_index()
-        lost[name] = {f"excluded: {why}": int(n) for why, n in counts.items()}
+        lost[name] = {exclusions.DROPPED + why: int(n) for why, n in counts.items()}
         kept[name] = rows[reason.isna()].reset_index(drop=True)
     if kept["full"].empty:
         raise ValueError("every image of train is excluded")
@@ -422,8 +354,8 @@ def _official_index(
     names: Mapping[str, int],
     data: Path,
 ) -> pd.DataFrame:
-    _refuse_repeats(index["id"], data / "index/index.csv")
-    _refuse_repeats(places["id"], data / "index/index_image_to_landmark.csv")
+    refuse_repeats(index["id"], data / "index/index.csv")
+    refuse_repeats(places["id"], data / "index/index_image_to_landmark.csv")
     known = categories["category"].map(category_name).map(names)
     label = pd.Series(known.to_numpy(), index=categories["landmark_id"])
     label = label[~label.index.duplicated()]
@@ -527,7 +459,7 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
             f"{source}: {in_a_line(foreign.iloc[0])} is not a path inside {root}"
         )
     table = table.assign(path=paths)
-    _refuse_repeats(paths, source)
+    refuse_repeats(paths, source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
     hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
     table = table.assign(id=hashes)
@@ -575,14 +507,6 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     return replace(facts, recognition=recognition)
 
 
-def _refuse_strange_usage(table: pd.DataFrame, path: Path) -> None:
-    unknown = set(table["usage"]) - {"Public", "Private", "Ignored"}
-    if unknown:
-        raise ValueError(
-            f"{path}: Usage {in_a_line(min(unknown))!r} is not Public, Private or Ignored"
-        )
-
-
 def _empty(*columns: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -602,13 +526,6 @@ def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
         )
     found = [f"{split}/{name[0]}/{name[1]}/{name[2]}/{name}.jpg" for name in names]
     return pd.Series(found, ids.index, dtype=ids.dtype)
-
-
-def _refuse_repeats(ids: pd.Series, source: Path) -> None:
-    repeated = ids[ids.duplicated()]
-    if len(repeated):
-        first = in_a_line(repeated.iloc[0])
-        raise ValueError(f"{source}: {first} stands there more than once")
 
 
 def _refuse_strangers(ids: pd.Series, train: pd.Series, source: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from kit.answers import leaks, recognition, retrieval, submission
 from kit.answers.metrics import gap, mean_ap, protocol
 from kit.answers.metrics.protocol import Protocol
-from kit.data import lists, sources
+from kit.data import lists, tables
 from kit.kaggle.entry import Entry
 from kit.plan import INDEX, QUERY, Run
 from kit.rerank import chain, recogniser
@@ -98,7 +98,7 @@ class Retrieval:
         ids, ranked = (
             np.array(each) for each in zip(*self.rankings.items(), strict=True)
         )
-        found = mean_ap.evaluate(ids, ranked, sources.read_solution(truth))
+        found = mean_ap.evaluate(ids, ranked, tables.read_solution(truth))
         searched, asked = self.given.index, len(found.queries)
         return found, self.given.protocol(self.plan, searched, truth, asked)
 
@@ -112,7 +112,7 @@ class Recognition:
         voters, truth = given.voters(), self.truth(place)
         if voters is None:
             raise ValueError("recognition needs references: name their list")
-        solution = sources.read_recognition(truth) if truth.exists() else None
+        solution = tables.read_recognition(truth) if truth.exists() else None
         self.recognition = recognition.Recognition(
             *(place.features, given.load(given.query), voters, place.data),
             *(place.lists, solution, given.workers, given.other_scales),

@@ -11,7 +11,7 @@ from kit.answers.metrics.mean_ap import Score
 from kit.answers.metrics.protocol import Protocol
 from kit.data import images, lists
 from kit.data.readers import UnreadableImage, open_reader
-from kit.data.sources import read_solution
+from kit.data.tables import read_solution
 from kit.plan import Run
 from kit.report.page import Example, Section, collage, curves, gain_chart, page, table
 from kit.training import checkpoints

@@ -9,7 +9,7 @@ import torch
 from kit import pipeline
 from kit.answers import gain_table, submission
 from kit.answers.metrics import gap
-from kit.data import lists, sources, toy
+from kit.data import lists, sources, tables, toy
 from kit.data.inputs import InputSpec
 from kit.features import extract
 from kit.kaggle import answering, entry
@@ -27,7 +27,7 @@ def work(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("recognition")
     look = toy.ToyConfig(landmarks=8, images=90, side=48)
     run = Run("toy", toy.render(folder / "data", look), folder / "work")
-    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    continents = tables.read_continents(ROOT / "datasets_meta" / "continents.csv")
     lists.build(sources.official(run.data), run.data, run.lists, continents)
     for seed, name in enumerate(MODELS):
         torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def test_the_submission_has_the_gap_that_is_printed(done):
     path = done.landmarks
     train = set(lists.load(done.lists, "full").rows["landmark_id"])
     assert submission.check_landmarks(path, query.ids, train) == len(query)
-    solution = sources.read_recognition(done.lists / "recognition.csv")
+    solution = tables.read_recognition(done.lists / "recognition.csv")
     score = gap.evaluate(submission.read_landmarks(path), solution)
     rows = {name: row for name, *row in gain_table.read(done.recognition_gains)}
     public, private, note = rows["all steps + fusion"]

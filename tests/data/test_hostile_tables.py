@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kit.answers import gain_table, submission
-from kit.data import exclusions, lists, sources
+from kit.data import exclusions, lists, sources, tables
 
 TABLES = (
     *("train/train.csv", "train/train_clean.csv", "train/train_label_to_category.csv"),
@@ -150,9 +150,9 @@ READERS = {
     "submission": (submission.read, b"id,images\na,b c\nd,\n"),
     "gains": (gain_table.read, b"step,public,private,note\nsearch,0.1,0.2,x\n"),
     "exclusions": (exclusions.read, b"id,reason,of\naaaa000000000001,near,b\n"),
-    "recognition": (sources.read_recognition, b"id,landmarks,Usage\na,1,Public\n"),
-    "solution": (sources.read_solution, b"id,images,Usage\na,b c,Public\n"),
-    "continents": (sources.read_continents, b"country,continent\nFR,Europe\n"),
+    "recognition": (tables.read_recognition, b"id,landmarks,Usage\na,1,Public\n"),
+    "solution": (tables.read_solution, b"id,images,Usage\na,b c,Public\n"),
+    "continents": (tables.read_continents, b"country,continent\nFR,Europe\n"),
 }
 
 

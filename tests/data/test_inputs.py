@@ -35,7 +35,7 @@ def test_an_unknown_rule_is_refused(field, choices):
         ({"mean": (0.5, 0.5)}, "mean cannot be (0.5, 0.5)"),
         (
             {"template": "S3"},
-            "template 'S3' is not one of SS, S, M, L, SS2, S2, SM2, M2, L2, longest",
+            "template 'S3' is not one of SS, S, M, L, SS2, S2, SM2, M2, L2, longest, bounded",
         ),
         (
             {"template": "S2", "resize": "crop"},

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 
 EVERY = [
     "clean",
@@ -164,7 +164,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def world(continents):
-    return sources.read_continents(continents)
+    return tables.read_continents(continents)
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_holdout_lists_match_their_definition_when_the_index_is_smaller(data, ou
 
 def test_countries_and_continents_follow_the_label(data, out, continents):
     world = {line["country"]: line["glr2021"] for line in raw(continents)}
-    build(data, out, sources.read_continents(continents, "glr2021"))
+    build(data, out, tables.read_continents(continents, "glr2021"))
     _, country = definition(data)
     seen = set()
     for name in EVERY:
@@ -797,7 +797,7 @@ def test_both_truths_are_written_beside_the_lists(gldv2, out):
     path.write_text("id,landmarks,Usage\ncccc000000000001,10 0020,Private\n")
     build(gldv2, out)
     assert (out / "recognition.csv").read_text() == path.read_text()
-    table = sources.read_recognition(out / "recognition.csv")
+    table = tables.read_recognition(out / "recognition.csv")
     assert table["landmarks"].tolist() == ["10 0020"]
     path.unlink()
     build(gldv2, out)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 
 BOTH = ("AM", "AZ", "CY", "GE", "KZ", "RU", "TR")  # on two continents
 PLACES = {
@@ -49,14 +49,14 @@ def test_a_csv_is_read_as_text(tmp_path):
     cells += ["", "null", "-1", "1.0", "TRUE", " a "]
     path = tmp_path / "table.csv"
     path.write_text("id,x\n" + "".join(f"{cell},{cell}\n" for cell in cells))
-    table = sources.read_csv(path, ("id", "x"))
+    table = tables.read_csv(path, ("id", "x"))
     assert table["id"].tolist() == table["x"].tolist() == cells
     assert all(type(cell) is str for cell in table["id"])
 
 
 def test_a_csv_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        sources.read_csv(tmp_path / "none.csv", ("id",))
+        tables.read_csv(tmp_path / "none.csv", ("id",))
     message = refused(error, FileNotFoundError)
     assert message == f"{tmp_path / 'none.csv'}: no such file"
 
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        sources.read_csv(path, ("id", "x"))
+        tables.read_csv(path, ("id", "x"))
     assert str(path) in refused(error, ValueError)
 
 
@@ -84,7 +84,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("id,url\n1,2\n")
     with pytest.raises(ValueError) as error:
-        sources.read_csv(path, ("id", "landmark_id"))
+        tables.read_csv(path, ("id", "landmark_id"))
     message = refused(error, ValueError)
     assert message == f"{path}: no column landmark_id; it has id, url"
 
@@ -217,7 +217,7 @@ def test_the_continent_table_has_one_row_a_country(continents):
     for column in ("continent", "glr2021"):
         assert {row[column] for row in rows} == PLACES
         continent = {row["country"]: row[column] for row in rows}
-        assert sources.read_continents(continents, column) == continent
+        assert tables.read_continents(continents, column) == continent
         assert continent["NA"] == "Africa"
         assert continent["XK"] == "Europe"
         assert continent["OTHER"] == "OTHER"
@@ -233,8 +233,8 @@ def test_the_continent_table_has_one_row_a_country(continents):
 
 
 def test_countries_on_two_continents_are_decided(continents):
-    ours = sources.read_continents(continents)
-    theirs = sources.read_continents(continents, "glr2021")
+    ours = tables.read_continents(continents)
+    theirs = tables.read_continents(continents, "glr2021")
     # the last row of the table that the 2021 system used
     assert {code: theirs[code] for code in BOTH} == dict.fromkeys(BOTH, "Asia")
     assert theirs["UM"] == "North America"
@@ -248,16 +248,16 @@ def test_countries_on_two_continents_are_decided(continents):
 
 def test_an_unknown_column_of_continents_is_refused(continents, tmp_path):
     with pytest.raises(ValueError, match="no column glr2019"):
-        sources.read_continents(continents, "glr2019")
+        tables.read_continents(continents, "glr2019")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        sources.read_continents(tmp_path / "continents.csv")
+        tables.read_continents(tmp_path / "continents.csv")
 
 
 # The solution
 
 
 def test_ignored_queries_have_no_answers(gldv2):
-    solution = sources.read_solution(gldv2 / "test/retrieval_solution_v2.1.csv")
+    solution = tables.read_solution(gldv2 / "test/retrieval_solution_v2.1.csv")
     assert solution.columns.tolist() == ["id", "images", "usage"]
     assert solution["images"].tolist()[0] == solution["images"].tolist()[-1] == ""
     assert solution["id"][3] == "0000000000054321"
@@ -267,7 +267,7 @@ def test_ignored_queries_have_no_answers(gldv2):
 def test_columns_of_the_solution_go_by_name(tmp_path):
     path = tmp_path / "solution.csv"
     path.write_text("Usage,note,id,images\nPublic,x,0000000000000001,a b\n")
-    solution = sources.read_solution(path)
+    solution = tables.read_solution(path)
     assert solution.columns.tolist() == ["id", "images", "usage"]
     assert solution.to_numpy().tolist() == [["0000000000000001", "a b", "Public"]]
 

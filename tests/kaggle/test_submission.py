@@ -10,7 +10,7 @@ import torch
 
 from kit.answers import submission
 from kit.answers.retrieval import Scenes
-from kit.data import lists, sources, toy
+from kit.data import lists, sources, tables, toy
 from kit.data.inputs import InputSpec
 from kit.features import extract, store
 from kit.features.views import Views
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     look = toy.ToyConfig(landmarks=12, images=160, side=64)
     run = Run("toy", toy.render(folder / "data", look), folder / "work")
-    continents = sources.read_continents(ROOT / "datasets_meta" / "continents.csv")
+    continents = tables.read_continents(ROOT / "datasets_meta" / "continents.csv")
     lists.build(sources.official(run.data), run.data, run.lists, continents)
     models = ("c2x", "clean")
     for seed, name in enumerate(models):

@@ -14,7 +14,7 @@ import kit
 from kit import files
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.rule import Kept
-from kit.data import sources
+from kit.data import tables
 
 
 def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
@@ -55,7 +55,7 @@ def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
 
 def trusted(path: Path, given: Labelled) -> np.ndarray:
     """(N,) bool: images that a table in this form names under their landmark."""
-    listed = sources.read_csv(path, ("landmark_id", "images"))
+    listed = tables.read_csv(path, ("landmark_id", "images"))
     pairs = {
         (image, landmark)
         for landmark, names in zip(listed["landmark_id"], listed["images"], strict=True)

@@ -18,7 +18,7 @@ from kit.answers.metrics import (
     protocol,
 )
 from kit.answers.metrics.extraction import Networks
-from kit.data import sources
+from kit.data import tables
 from kit.features.views import OWN, Views
 from kit.rerank import chain as chains
 
@@ -138,14 +138,14 @@ def _looking(given: argparse.Namespace) -> Networks:
 def _submission(given: argparse.Namespace) -> Iterator[str]:
     pair = given.submission, given.solution
     found: gap.Score | mean_ap.Score
-    if "landmarks" in sources.read_csv(given.submission, ("id",), ("landmarks",)):
+    if "landmarks" in tables.read_csv(given.submission, ("id",), ("landmarks",)):
         found = gap.evaluate_file(*pair)
         yield str(found)
     else:
         found = mean_ap.evaluate_file(*pair)
         yield str(found)
         asked, ranked = mean_ap.answers(given.submission)
-        solution = sources.read_solution(given.solution)
+        solution = tables.read_solution(given.solution)
         yield definitions.show(definitions.evaluate(asked, ranked, solution))
     told = protocol.file(given.solution)
     yield f"measured with: ground truth {told}; queries {len(found.queries):,} whole"

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
-from kit.data.sources import read_recognition
+from kit.data.tables import read_recognition
 
 HALVES = ("Public", "Private")
 

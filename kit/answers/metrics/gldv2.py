@@ -19,7 +19,7 @@ from kit.answers.metrics.extraction import Networks
 from kit.answers.recognition import landmarks
 from kit.answers.retrieval import Reference, Scenes
 from kit.answers.scene import QUERY, Scene
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 from kit.rerank.chain import Chain
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Options:
     chain: Chain | None = None  # that reranks; else search alone
     reference: str = "clean"  # list whose labelled images vote; "": no GAP
     index_ids: Path | None = None  # ids of a competition's smaller index
-    continents: Path | None = None  # table of kit.data.sources.read_continents
+    continents: Path | None = None  # table of kit.data.tables.read_continents
     optimistic: bool = False  # allow leaks, and print LEAKY beside the numbers
     processes: int = 0  # that verify by local features
 
@@ -116,7 +116,7 @@ def _build(options: Options, wanted: list[str]) -> None:
     if _there(options, wanted, decided):
         return
     log.info("building the lists of %s", options.data)
-    continents = options.continents and sources.read_continents(options.continents)
+    continents = options.continents and tables.read_continents(options.continents)
     facts = sources.official(options.data)
     counts = lists.build(
         *(facts, options.data, options.lists, continents),
@@ -154,7 +154,7 @@ def _retrieval(
     options: Options, plan: Chain, scenes: Scenes, warning: str
 ) -> Iterator[str]:
     path = options.data / RETRIEVAL
-    solution = sources.read_solution(path)
+    solution = tables.read_solution(path)
     answers = scenes.answers(plan)
     score = mean_ap.evaluate(*answers, solution)
     yield f"{score}{warning}"
@@ -172,9 +172,7 @@ def _recognition(
     options: Options, plan: Chain, scenes: Scenes, predict: Predict, warning: str
 ) -> Iterator[str]:
     path = options.data / RECOGNITION
-    score = gap.evaluate(
-        predict(scenes.of(plan.models)), sources.read_recognition(path)
-    )
+    score = gap.evaluate(predict(scenes.of(plan.models)), tables.read_recognition(path))
     yield f"{score}{warning}"
     yield (
         f"private {score.accuracy['Private']:.4f}  public {score.accuracy['Public']:.4f}  "

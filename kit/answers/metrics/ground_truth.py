@@ -33,12 +33,15 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 # class or call anything
 _PLAIN = {
     *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK"),
-    *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "DUP"),
     *("EMPTY_LIST", "APPEND", "APPENDS", "LIST"),
     *("EMPTY_DICT", "SETITEM", "SETITEMS", "DICT"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
     *("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    # as Python 2 wrote them, and the protocol of lines
+    *("SHORT_BINSTRING", "BINSTRING", "STRING", "UNICODE", "PUT", "GET"),
+    *("INT", "LONG", "FLOAT"),
 }
 BROKEN = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 
@@ -106,7 +109,7 @@ def plain(data: bytes) -> Any:
                 raise ValueError(
                     f"its pickle has {opcode.name}, beside lists, dicts, text and numbers"
                 )
-            if opcode.name == "LONG_BINPUT" and argument > len(data):
+            if opcode.name in ("LONG_BINPUT", "PUT") and int(argument) > len(data):
                 raise ValueError("its pickle counts more values than it has bytes")
         return _Plain(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, IndexError, OverflowError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
-from kit.data.sources import read_solution
+from kit.data.tables import read_solution
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kit import files
-from kit.data import sources
+from kit.data import tables
 from kit.data.download import reports
 from kit.data.download.tables import image_path
 from kit.data.download.transfer import Client, Failed
@@ -45,7 +45,7 @@ def run(table: Path, out: Path, client: Client, threads: int) -> list[tuple[str,
     target = out / "gld_v1" / "train.csv"
     if target.exists() and target.samefile(table):
         raise ValueError(f"{table} is written here; give the list from another place")
-    rows = sources.read_csv(table, ("id", "url", "landmark_id"))
+    rows = tables.read_csv(table, ("id", "url", "landmark_id"))
     if (again := rows.loc[rows["id"].duplicated(), "id"]).any():
         raise ValueError(f"{table}: {again.iloc[0]} stands there more than once")
     with files.lock(out / "download"):

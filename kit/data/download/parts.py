@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.data import sources
+from kit.data import sources, tables
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ def choose(metadata: Path, count: int, seed: int | None = None) -> Part:
     Drawn are clean landmarks while there are any: a part needs a clean list. Its index images
     are those of the places with its landmarks' names, its test images those with such an answer.
     """
-    train = sources.read_csv(metadata / "train/train.csv", ("id", "landmark_id"))
-    clean = sources.read_csv(
+    train = tables.read_csv(metadata / "train/train.csv", ("id", "landmark_id"))
+    clean = tables.read_csv(
         metadata / "train/train_clean.csv", ("landmark_id", "images")
     )
     first = clean["landmark_id"].unique()
@@ -57,28 +57,28 @@ def _index_images(
     The two number their landmarks differently; of train landmarks of one name the first in the
     file has it, as everywhere (kit.data.sources).
     """
-    train = sources.read_csv(
+    train = tables.read_csv(
         metadata / "train/train_label_to_category.csv", ("landmark_id", "category")
     )
     owner: dict[str, str] = {}
     for landmark, text in zip(train["landmark_id"], train["category"], strict=True):
         if landmark in known and (name := sources.category_name(text)):
             owner.setdefault(name, landmark)
-    places = sources.read_csv(
+    places = tables.read_csv(
         metadata / "index/index_label_to_category.csv", ("landmark_id", "category")
     ).drop_duplicates("landmark_id")
     names = places["category"].map(sources.category_name)
     ours = places.loc[names.map(owner).isin(chosen), "landmark_id"]
-    where = sources.read_csv(
+    where = tables.read_csv(
         metadata / "index/index_image_to_landmark.csv", ("id", "landmark_id")
     )
-    index = sources.read_csv(metadata / "index/index.csv", ("id",))
+    index = tables.read_csv(metadata / "index/index.csv", ("id",))
     found = where.loc[where["landmark_id"].isin(set(ours)), "id"]
     return set(found) & set(index["id"])
 
 
 def _test_images(metadata: Path, index: set[str]) -> set[str]:
-    solution = sources.read_solution(metadata / "test/retrieval_solution_v2.1.csv")
-    test = set(sources.read_csv(metadata / "test/test.csv", ("id",))["id"])
+    solution = tables.read_solution(metadata / "test/retrieval_solution_v2.1.csv")
+    test = set(tables.read_csv(metadata / "test/test.csv", ("id",))["id"])
     asked = zip(solution["id"], solution["images"], strict=True)
     return {name for name, ids in asked if not index.isdisjoint(ids.split())} & test

@@ -29,6 +29,7 @@ from kit.data.download.official import Official, Tar
 from kit.data.download.order import Order, refuse
 from kit.data.download.transfer import Client, Failed
 from kit.data.readers import open_reader
+from kit.data.tables import in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def _fetch_tar(
             )
     except ValueError as error:
         path.unlink()
-        raise Failed(url, str(error)) from None
+        raise Failed(url, in_a_line(error, 300)) from None
     record = {"url": url, "bytes": path.stat().st_size, "md5": expected}
     record |= found.counts | {"images": len(found.images)}
     if order.kind == "images":

@@ -10,7 +10,7 @@ import pytest
 from kit.answers.cleaning import rule, table
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.rule import Rule
-from kit.data import sources
+from kit.data import tables
 from tests.answers.cleaning.conftest import image_list, near, random_given
 
 
@@ -55,7 +55,7 @@ def test_what_is_read_back_is_what_stays(tmp_path, seed):
     stays = kept(given, np.flatnonzero(rows))
     path = table.write(tmp_path / "train_clean.csv", given, stays, {})
     np.testing.assert_array_equal(table.trusted(path, given), stays.images)
-    listed = sources.read_csv(path, ("landmark_id", "images"))
+    listed = tables.read_csv(path, ("landmark_id", "images"))
     ids = given.images.ids
     landmarks = given.images.rows["landmark_id"]
     for landmark, names in zip(listed["landmark_id"], listed["images"], strict=True):

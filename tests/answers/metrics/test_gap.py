@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kit.answers.metrics import gap
-from kit.data.sources import read_csv
+from kit.data.tables import read_csv
 
 
 def by_hand(predictions, truths):

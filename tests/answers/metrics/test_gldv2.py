@@ -10,7 +10,7 @@ from kit.answers.metrics import definitions, extraction, gap, gldv2, mean_ap
 from kit.answers.metrics.extraction import Networks
 from kit.answers.metrics.gldv2 import Options, evaluate
 from kit.answers.retrieval import Scenes
-from kit.data import lists, sources, toy
+from kit.data import lists, sources, tables, toy
 from kit.features import store
 from kit.features.views import Views
 from kit.rerank.chain import Chain
@@ -60,7 +60,7 @@ def answers(options, chain):
 
 
 def test_every_definition_is_printed_for_both_halves(options, lines):
-    solution = sources.read_solution(options.data / gldv2.RETRIEVAL)
+    solution = tables.read_solution(options.data / gldv2.RETRIEVAL)
     found = answers(options, Chain({"bare": 1.0}))
     assert lines[0] == str(mean_ap.evaluate(*found, solution))
     table = definitions.evaluate(*found, solution)
@@ -88,7 +88,7 @@ def test_gap_is_that_of_the_nearest_vote(options, lines):
         answer = max(sums, key=sums.get)
         rows.append((name, answer, sums[answer]))
     table = pd.DataFrame(rows, columns=["id", "landmark", "confidence"])
-    truth = sources.read_recognition(options.data / gldv2.RECOGNITION)
+    truth = tables.read_recognition(options.data / gldv2.RECOGNITION)
     score = gap.evaluate(table, truth)
     at = lines.index(str(score))
     assert 0 < score.private < 1
@@ -137,7 +137,7 @@ def test_whoever_predicts_may_be_given(options, lines):
 def test_a_chain_reranks_and_is_told(options, lines):
     chain = Chain({"bare": 1.0}, (build({"step": "alpha_qe", "neighbours": 3}),))
     found = list(evaluate(replace(options, chain=chain)))
-    solution = sources.read_solution(options.data / gldv2.RETRIEVAL)
+    solution = tables.read_solution(options.data / gldv2.RETRIEVAL)
     assert found[0] == str(mean_ap.evaluate(*answers(options, chain), solution))
     assert found[0] != lines[0]
     assert all(

@@ -34,7 +34,7 @@ def told(truth):
     ]
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 def test_the_published_pickle_is_read(tmp_path, protocol):
     truth = read(saved(tmp_path, PUBLISHED, protocol))
     assert truth.kind == "revisited" and truth.images == PUBLISHED["imlist"]
@@ -47,6 +47,17 @@ def test_the_published_pickle_is_read(tmp_path, protocol):
         ("asked_000026", (1, 2, 30, 40), {"easy": [], "hard": [4], "junk": []}),
     ]
     assert set(truth.setups) == {"Easy", "Medium", "Hard"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02]q\x00(U\x03oneq\x01T\x03\x00\x00\x00twoq\x02K\x07e.",
+        b"(lp0\nS'one'\np1\naS'two'\np2\naI7\na.",
+    ],
+)
+def test_text_as_python_2_pickled_it_is_read(data):
+    assert plain(data) == ["one", "two", 7]
 
 
 def test_a_pickle_of_the_older_benchmarks_is_read(tmp_path):
@@ -128,6 +139,8 @@ def test_a_pickle_of_lists_in_lists_is_not_shown_whole(tmp_path):
 def test_a_pickle_cannot_ask_for_more_memory_than_it_has_bytes():
     with pytest.raises(ValueError, match="counts more values than it has bytes"):
         plain(b"\x80\x02]r\xff\xff\xff\x7f.")
+    with pytest.raises(ValueError, match="more values than it has bytes"):
+        plain(b"]p2147483647\n.")
 
 
 @pytest.mark.parametrize("seed", range(8))

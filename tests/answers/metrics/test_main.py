@@ -14,7 +14,7 @@ from kit.answers.metrics import __main__ as command_line
 from kit.answers.metrics import definitions, gap, gldv2
 from kit.answers.metrics.mean_ap import answers, evaluate_file
 from kit.data import toy
-from kit.data.sources import read_solution
+from kit.data.tables import read_solution
 from kit.rerank import chain as chains
 from kit.rerank.chain import Chain
 from kit.rerank.steps import build

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from kit import files
-from kit.data import lists, shards, sources, tars
+from kit.data import lists, shards, sources, tables, tars
 from kit.data.download import batch, official, run, unpack
 from kit.data.download.order import Order, numbers
 from kit.data.images import decode
@@ -308,7 +308,7 @@ def test_what_cannot_be_had_stands_in_the_bad_list_and_comes_later(
     assert len(bad) == 5 == len(table(out / "bad.csv"))
     assert {row["reason"] for row in table(out / "bad.csv")} == set(bad.values())
     assert (
-        len(sources.read_csv(out / "train/train.csv", ("id",))) > 0
+        len(tables.read_csv(out / "train/train.csv", ("id",))) > 0
     )  # of what is there
     server.files |= good
     server.faults.clear()
