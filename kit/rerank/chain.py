@@ -12,7 +12,7 @@ A step is of one of three kinds, and a chain has them in this order:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,4 @@ def load(path: Path) -> Chain:
 
 def build(values: Mapping[str, Any]) -> Chain:
     """The chain that JSON holds."""
-    known = [each.name for each in fields(Chain)]
-    if not isinstance(values, Mapping) or "models" not in values:
-        raise ValueError(
-            f"it has fields {', '.join(known)}, of which models must be there"
-        )
-    for name in values:
-        if name not in known:
-            raise ValueError(f"no field {name!r}; fields: {', '.join(known)}")
-    built = tuple(steps.build(each) for each in values.get("steps", ()))
-    return Chain(**{**values, "steps": built})
+    return steps.planned(Chain, values)

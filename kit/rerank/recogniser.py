@@ -9,7 +9,7 @@ whole batch of queries: with other queries beside it a query is answered otherwi
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +206,4 @@ def load(path: Path) -> Recogniser:
 
 def build(values: Mapping[str, Any]) -> Recogniser:
     """The recogniser that JSON holds."""
-    known = [each.name for each in fields(Recogniser)]
-    if not isinstance(values, Mapping) or "models" not in values:
-        raise ValueError(
-            f"it has fields {', '.join(known)}, of which models must be there"
-        )
-    for name in values:
-        if name not in known:
-            raise ValueError(f"no field {name!r}; fields: {', '.join(known)}")
-    built = {}
-    if "steps" in values:
-        taken = tuple(steps.build(each, STEPS) for each in values["steps"])
-        built["steps"] = taken
-    return Recogniser(**{**values, **built})
+    return steps.planned(Recogniser, values, STEPS)

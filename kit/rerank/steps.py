@@ -6,10 +6,11 @@ neighbours, labels and pictures that it reads.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from kit import config
 
+Plan = TypeVar("Plan")
 FEATURES, BONUS, RANKING = "features", "bonus", "ranking"
 
 
@@ -326,3 +327,21 @@ def build(values: Mapping[str, Any], among: Mapping[str, type[Step]] = STEPS) ->
                 f"step {name}{said.removeprefix(among[name].__name__)}; fields: {known}"
             )
         raise ValueError(said) from None
+
+
+def planned(
+    kind: type[Plan], values: Any, among: Mapping[str, type[Step]] = STEPS
+) -> Plan:
+    """A chain or a recogniser, a dataclass with `models` and `steps`, as JSON has it."""
+    known = [each.name for each in fields(kind)]
+    if not isinstance(values, Mapping) or "models" not in values:
+        raise ValueError(
+            f"it has fields {', '.join(known)}, of which models must be there"
+        )
+    for name in values:
+        if name not in known:
+            raise ValueError(f"no field {name!r}; fields: {', '.join(known)}")
+    taken = dict(values)
+    if "steps" in taken:
+        taken["steps"] = tuple(build(each, among) for each in taken["steps"])
+    return kind(**taken)
