@@ -29,10 +29,11 @@ class Score:
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """hits (Q, k) bool, best first; positives (Q,) how many there are -> AP (Q,).
 
-    The sum of precisions at the hits, divided by min(positives, k).
+    The sum of precisions at the hits, divided by min(positives, k); NaN where there are none.
     """
     precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
-    return (precision * hits).sum(axis=1) / np.minimum(positives, hits.shape[1])
+    most = np.where(positives > 0, np.minimum(positives, hits.shape[1]), np.nan)
+    return (precision * hits).sum(axis=1) / most
 
 
 class Marked(NamedTuple):

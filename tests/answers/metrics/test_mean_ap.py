@@ -151,6 +151,7 @@ def test_a_half_without_queries_is_not_a_number():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("error")
 def test_a_query_without_positives_does_not_change_the_others():
     solution = solution_of(q=("a", "Public"), r=("", "Public"), s=("b", "Public"))
     ranked = np.array([["b", "a"], ["a", "b"], ["b", "a"]])
