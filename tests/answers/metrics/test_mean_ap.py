@@ -150,7 +150,6 @@ def test_a_half_without_queries_is_not_a_number():
     assert math.isnan(score.public) and score.private == 1
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.filterwarnings("error")
 def test_a_query_without_positives_does_not_change_the_others():
     solution = solution_of(q=("a", "Public"), r=("", "Public"), s=("b", "Public"))
