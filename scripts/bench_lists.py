@@ -18,7 +18,7 @@ import numpy as np
 from bench import ROOT, Bench, Row
 
 from kit import files
-from kit.data import lists, sources
+from kit.data import lists, sources, tables
 
 SECONDS, GIGABYTES = 150, 4.0  # allowed
 ANSWERED = 1_129  # queries with positives in the index
@@ -32,10 +32,10 @@ def build_rows(bench: Bench) -> Iterator[Row]:
     whole = files.read_json(ROOT / "datasets_meta" / "gldv2.json")
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "lists"
-        tables(data, whole, 0.02 if bench.quick else 1.0)
+        write_tables(data, whole, 0.02 if bench.quick else 1.0)
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, __file__, data, out], check=True, capture_output=True
+            [sys.executable, __file__, data, out], check=True, stdout=subprocess.PIPE
         )
         seconds = time.perf_counter() - started
     gigabytes, said, rows = json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +46,7 @@ def build_rows(bench: Bench) -> Iterator[Row]:
     yield bench.row(name, GIGABYTES / gigabytes, 1.0, False)
 
 
-def tables(data: Path, whole: dict[str, Any], share: float, seed: int = 0) -> None:
+def write_tables(data: Path, whole: dict[str, Any], share: float, seed: int = 0) -> None:
     """Writes a data folder without images, with `share` of the rows of each table."""
     rng = np.random.default_rng(seed)
 

@@ -143,8 +143,8 @@ def _there(options: Options, wanted: list[str], decided: dict[str, str]) -> bool
 def _decided(options: Options) -> dict[str, str]:
     """Hashes of the small files that decide the lists."""
     data = options.data
-    tables = sorted([*data.glob("*/*.csv"), *data.glob("train/country/*.json")])
-    found = {path.relative_to(data).as_posix(): path for path in tables}
+    small = sorted([*data.glob("*/*.csv"), *data.glob("train/country/*.json")])
+    found = {path.relative_to(data).as_posix(): path for path in small}
     given = {"index ids": options.index_ids, "continents": options.continents}
     found |= {name: path for name, path in given.items() if path}
     return {name: files.sha256(path) for name, path in found.items()}
