@@ -121,25 +121,26 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def _earlier(job: Audit, out: Path) -> list[exclusions.Exclusion]:
-    """What stands in `out` already, where the list was built without these images.
+    """What stands in `out` already, where the lists were built without these images.
 
-    They would not be found again, and the next lists would hold them.
+    They would not be found again, and the next lists would hold them. All lists are asked: one
+    that is cut out of another does not count what that has lost.
     """
-    dropped = files.read_json(
-        lists.find(job.lists, job.train).path.with_suffix(".json")
-    )
-    count = sum(
-        images
-        for why, images in dropped["dropped"].items()
-        if why.startswith(exclusions.DROPPED)
+    lists.find(job.lists, job.train)
+    dropped = [
+        files.read_json(path).get("dropped", {}) for path in job.lists.glob("*.json")
+    ]
+    count = max(
+        sum(n for why, n in each.items() if why.startswith(exclusions.DROPPED))
+        for each in dropped
     )
     if not count:
         return []
     earlier = exclusions.rows(out) if out.exists() else []
     if len(earlier) < count:
         raise ValueError(
-            f"list {job.train} was built without {count} excluded images; give --out the "
-            "list that names them, so that they stay excluded, or build the lists without one"
+            f"{job.lists} was built without {count} excluded images; give --out the list "
+            "that names them, so that they stay excluded, or build the lists without one"
         )
     log.info("%d images of %s stay excluded", len(earlier), out)
     return earlier

@@ -295,6 +295,20 @@ def test_what_was_excluded_once_stays_excluded(job, tmp_path):
     assert not (tmp_path / "other.csv").exists()
 
 
+@pytest.mark.parametrize("train", ["c2x", "index_train_holdout"])
+def test_a_list_cut_out_of_another_keeps_what_was_excluded(job, tmp_path, train):
+    """What the list itself counts as dropped does not name what the list behind it has lost."""
+    out = tmp_path / "exclusions.csv"
+    given = ["--lists", job.lists, "--data", job.data, "--out", out, "--names", NAMES]
+    given = [*map(str, given), "--labels"]
+    audit.main(given)
+    before = exclusions.rows(out)
+    facts = sources.read(job.data, excluded=exclusions.read(out))
+    lists.build(facts, job.data, job.lists, sizes=False)
+    audit.main([*given, "--train", train])
+    assert exclusions.rows(out)[: len(before)] == before
+
+
 def test_the_same_audit_gives_the_same_bytes(job, tmp_path):
     outs = []
     for run in ("one", "two"):
