@@ -62,6 +62,8 @@ def sample(
     given: Labelled, trusted: np.ndarray, count: int = 500, seed: int = 0
 ) -> Sample:
     """Up to `count` pairs of each kind among the images `trusted` (N,) bool, drawn at random."""
+    if count < 1:
+        raise ValueError(f"{count} pairs of each kind; at least 1 calibrates")
     rng = np.random.default_rng(seed)
     trusted = trusted & (given.labels >= 0)
     same: list[tuple[int, int]] = []
@@ -94,18 +96,33 @@ def measure(
     seed: int = 0,
     processes: int = 0,
 ) -> Curve:
-    """Verifies the pairs; local features lie in `folder` as long as that takes."""
+    """Verifies the pairs; local features lie in `folder` as long as that takes.
+
+    A pair with an image that cannot be read says nothing and does not count.
+    """
     both = np.concatenate([pairs.same, pairs.different])
     rows, places = np.unique(both, return_inverse=True)
     names = given.images.rows["path"].to_numpy()[rows]
     read = partial(decoded, open_reader(data))
-    aside = folder / f"calibration-{files.fingerprint(names.tolist())[:12]}"
+    what = files.fingerprint([names.tolist(), cache.made_by(way.describe)])
+    aside = folder / f"calibration-{what[:12]}"
     described = cache.fill(aside, names, read, way.describe, processes=processes)
     found = verification.verify(
         places.reshape(-1, 2), described, way, seed=seed, processes=processes
     )
+    absent = np.isin(names, described.manifest["unreadable"])
     shutil.rmtree(aside)
-    return curve(found[: len(pairs.same)], found[len(pairs.same) :])
+    seen = ~absent[places.reshape(-1, 2)].any(axis=1)
+    same, different = (
+        found[part][seen[part]]
+        for part in (slice(len(pairs.same)), slice(len(pairs.same), None))
+    )
+    if not len(same) or not len(different):
+        raise ValueError(
+            f"{data}: {absent.sum()} of the {len(names)} images that calibrate cannot be "
+            f"read, such as {names[absent][0]}; no pairs are left"
+        )
+    return curve(same, different)
 
 
 def curve(same: Sequence[int], different: Sequence[int]) -> Curve:

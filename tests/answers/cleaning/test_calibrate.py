@@ -125,3 +125,38 @@ def test_measured_pairs_have_the_kind_they_were_drawn_as(pictures, tmp_path):
     np.testing.assert_array_equal(one.true, other.false)
     np.testing.assert_array_equal(one.false, other.true)
     assert one.pairs == other.pairs[::-1]
+
+
+def test_pairs_with_an_image_that_cannot_be_read_do_not_count(pictures, tmp_path):
+    folder, images, graph = pictures
+    given = Labelled(images, graph)
+    sizes = [(folder / path).stat().st_size for path in images.rows["path"]]
+    cut = int(np.argmin(sizes))
+    read, other, third = np.setdiff1d(np.arange(4), cut)[:3]
+    drawn = calibrate.Sample(
+        np.array([[read, other], [cut, read]]), np.array([[read, third]])
+    )
+    assert calibrate.measure(drawn, given, folder, WAY, tmp_path).pairs == (1, 1)
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=f"^{nowhere}: 4 of the 4 images .* no pairs"):
+        calibrate.measure(drawn, given, nowhere, WAY, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_calibration_is_in_no_other_backend_s_way(
+    pictures, tmp_path, monkeypatch
+):
+    folder, images, graph = pictures
+    given = Labelled(images, graph)
+    drawn = calibrate.sample(given, np.ones(len(given), bool), 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.shutil, "rmtree", lambda path: None)
+        calibrate.measure(drawn, given, folder, WAY, tmp_path)
+    assert list(tmp_path.iterdir())
+    other = Backend(features.Sift(side=160, most=200))
+    calibrate.measure(drawn, given, folder, other, tmp_path)
+
+
+def test_no_pairs_calibrate_nothing():
+    with pytest.raises(ValueError, match="^0 pairs of each kind; at least 1"):
+        calibrate.sample(random_given(0), np.ones(60, bool), 0)
