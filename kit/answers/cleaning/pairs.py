@@ -66,6 +66,8 @@ def verify(
     that the list's paths start from. processes: 0 works in this one. Raises launch.Stopped when
     the time is over; the same call goes on.
     """
+    if most < 1:
+        raise ValueError(f"most is {most}; it is at least 1")
     made = _made_by(given, features, way, most, seed)
     with files.lock(folder):
         there = verified.begin(folder, made)

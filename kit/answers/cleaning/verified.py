@@ -21,6 +21,7 @@ import numpy as np
 import kit
 from kit import files
 
+MAX_UNREADABLE = 0.2  # share of the images; more looks like a lost disk
 FIRST, SECOND = 1, 2  # the other image is a candidate of the pair's first, its second
 
 
@@ -95,8 +96,10 @@ def save(
     folder: Path, number: int, table: np.ndarray, unreadable: Sequence[str]
 ) -> None:
     """A block of pairs (P, 4), and the paths of its images that could not be read."""
+    about = path(folder, number).with_suffix(".json")
+    about.unlink(missing_ok=True)  # of a run that was killed before its block was there
     if unreadable:  # first: the block that is there is whole
-        files.write_json(path(folder, number).with_suffix(".json"), sorted(unreadable))
+        files.write_json(about, sorted(unreadable))
     with (
         files.replacing(path(folder, number)) as temporary,
         temporary.open("wb") as file,
@@ -105,6 +108,11 @@ def save(
 
 
 def finish(folder: Path, there: dict[str, Any], blocks: int) -> None:
+    """Marks the pairs complete.
+
+    Where more than a share of MAX_UNREADABLE of the images with candidates cannot be read, that is
+    refused, and their blocks are open again.
+    """
     for left in folder.glob("*.local"):  # of a run that was killed at its last line
         shutil.rmtree(left)
     pairs, unreadable = 0, []
@@ -113,6 +121,19 @@ def finish(folder: Path, there: dict[str, Any], blocks: int) -> None:
         pairs += len(np.load(block, mmap_mode="r", allow_pickle=False))
         if block.with_suffix(".json").exists():
             unreadable += files.read_json(block.with_suffix(".json"))
+    found = np.load(folder / "candidates.npy", mmap_mode="r", allow_pickle=False)
+    asked = int((found[:, 0] >= 0).sum())
+    if len(unreadable) > MAX_UNREADABLE * asked:
+        for number in range(blocks):
+            about = path(folder, number).with_suffix(".json")
+            if about.exists():
+                path(folder, number).unlink()
+                about.unlink()
+        raise ValueError(
+            f"{folder}: {len(unreadable)} of {asked} images cannot be read, such as "
+            f"{unreadable[0]}, more than a share of {MAX_UNREADABLE}; bring them back and "
+            "run it again"
+        )
     counted = {"blocks": blocks, "pairs": pairs, "unreadable": sorted(unreadable)}
     files.write_json(folder / "manifest.json", there | counted | {"complete": True})
 

@@ -140,6 +140,32 @@ def test_an_image_that_cannot_be_read_has_no_inliers_and_is_told(
     assert f"1 images could not be read, such as {path}" in caplog.text
 
 
+def test_lost_pictures_are_refused_and_verified_when_they_are_back(
+    pictures, done, tmp_path, blocks_of_8
+):
+    folder = tmp_path / "sift"
+    lost = tmp_path / "nowhere", *pictures[1:]
+    with pytest.raises(ValueError, match="images cannot be read, such as .*again"):
+        verify(folder, lost)
+    assert content(verify(folder, pictures).folder) == content(done.folder)
+
+
+def test_what_could_not_be_read_before_a_kill_is_not_told_of_a_whole_block(
+    pictures, done, tmp_path, blocks_of_8
+):
+    folder = tmp_path / "sift"
+    folder.mkdir()
+    (folder / "00001.json").write_text('["a path"]')  # its block never came
+    assert content(verify(folder, pictures).folder) == content(done.folder)
+
+
+def test_less_than_one_candidate_is_refused(pictures, tmp_path):
+    for most in (0, -3):
+        with pytest.raises(ValueError, match=f"^most is {most}; it is at least 1"):
+            verify(tmp_path / "sift", pictures, most=most)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("block", [1, 8, 1000])
 def test_the_pairs_do_not_depend_on_the_blocks(
     pictures, done, tmp_path, monkeypatch, block
