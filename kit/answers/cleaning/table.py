@@ -23,7 +23,7 @@ def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
     rows = np.flatnonzero(kept.images)
     if not len(rows):
         raise ValueError(
-            f"no image of list {given.images.name} stays; ask for less than {how}"
+            f"no image of list {given.images.name} stays ({kept.counts()}); ask for less"
         )
     present, first = np.unique(labels, return_index=True)
     place = np.full(labels.max() + 1, len(labels))

@@ -100,6 +100,9 @@ def test_the_threshold_is_the_one_on_the_curve(verified):
     asked = files.read_json(verified / "train_clean.json")["how"]["rule"]
     enough = curve[curve["false"] <= 0.3]
     assert asked["min_inliers"] == enough["min_inliers"].iloc[0]
+    how = files.read_json(verified / "train_clean.json")["how"]
+    assert how["backend"]["name"] == "sift" and how["most"] == 99
+    assert how["calibrated"]["false_share"] == 0.3
     assert "Inliers" in (verified / "page.html").read_text()
 
 
