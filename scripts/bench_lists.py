@@ -46,7 +46,9 @@ def build_rows(bench: Bench) -> Iterator[Row]:
     yield bench.row(name, GIGABYTES / gigabytes, 1.0, False)
 
 
-def write_tables(data: Path, whole: dict[str, Any], share: float, seed: int = 0) -> None:
+def write_tables(
+    data: Path, whole: dict[str, Any], share: float, seed: int = 0
+) -> None:
     """Writes a data folder without images, with `share` of the rows of each table."""
     rng = np.random.default_rng(seed)
 
