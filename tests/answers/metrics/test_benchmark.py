@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from kit import launch
 from kit.answers.metrics import benchmark, extraction, folders, revisited
@@ -20,17 +19,6 @@ from kit.rerank.steps import build
 from tests.answers.metrics import networks
 
 VIEWS = Views(48, "bounded", (0.75, 1.0), multiple=8, least=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_on_the_cpu():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

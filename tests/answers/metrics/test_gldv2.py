@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from kit.answers.metrics import definitions, extraction, gap, gldv2, mean_ap
 from kit.answers.metrics.extraction import Networks
@@ -16,17 +15,6 @@ from kit.features.views import Views
 from kit.rerank.chain import Chain
 from kit.rerank.steps import build
 from tests.answers.metrics import networks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_on_the_cpu():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

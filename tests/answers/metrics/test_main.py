@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from kit import files
 from kit.answers.metrics import __main__ as command_line
@@ -22,17 +21,6 @@ from tests.answers.metrics import networks
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = [f"image_{number}" for number in range(6)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_on_the_cpu():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
