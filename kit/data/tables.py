@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kit.text import in_a_line
+
 BLOCK = 1 << 18  # rows of a CSV read at a time
 
 
@@ -68,13 +70,6 @@ def refuse_repeats(ids: pd.Series, source: Path) -> None:
     if len(repeated):
         first = in_a_line(repeated.iloc[0])
         raise ValueError(f"{source}: {first} stands there more than once")
-
-
-def in_a_line(what: object, most: int = 100) -> str:
-    """Something out of a file, for a message: no line ends, nothing unprintable, not too long."""
-    shown = (c if c.isprintable() else " " for c in str(what))
-    text = " ".join("".join(shown).split())
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _refuse_other_columns(
