@@ -224,7 +224,11 @@ class Server(Variations):
                         out.write(chunk)
             return path
 
-        return self.ask(f"output {path.name}", download)
+        doing = f"output {path.name}"
+        try:
+            return self.ask(doing, download)
+        except OSError as error:  # of the disk
+            raise self.error(doing, f"{path}: {error}") from None
 
     # competitions
 

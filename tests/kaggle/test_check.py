@@ -200,3 +200,43 @@ def test_the_table_adds_up(build):
     *_, last = manifest.table(build).splitlines()
     total = sum(part.size for part in manifest.read(build).parts)
     assert last.split() == ["in", "all", "11", f"{total / 1e6:.1f}"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"path": "../stolen"}, "'../stolen' is empty, absolute, or leads elsewhere"),
+        ({"path": "/etc/passwd"}, "absolute"),
+        ({"path": ""}, "'' is empty"),
+        ({"path": "a\x00b"}, "cannot be shown"),
+        ({"path": "n" * 300}, "is longer than"),
+        ({"path": 7}, "7 is not text"),
+        ({"path": None}, "None is not text"),
+        ({"size": -1}, "size -1 is no number of bytes"),
+        ({"size": "5"}, "size '5' is no"),
+        ({"size": 5.0}, "size 5.0 is no"),
+        ({"size": True}, "size True is no"),
+        ({"sha256": "0" * 63}, "is no SHA-256"),
+        ({"sha256": 5}, "is no SHA-256"),
+        ({"path": "twin"}, "'twin' stands there twice"),
+    ],
+)
+def test_parts_from_elsewhere_are_refused_by_name(tmp_path, change, words):
+    part = {"path": "twin", "size": 5, "sha256": "0" * 64}
+    path = tmp_path / manifest.PARTS
+    path.write_text(json.dumps({"parts": [part, part | {"path": "b"} | change]}))
+    with pytest.raises(ValueError) as told:
+        manifest.read_parts(path)
+    text = str(told.value)
+    assert text.startswith(f"{path}: part 2") and words in text
+    assert text.isprintable() and len(text) < 400
+
+
+@pytest.mark.parametrize(
+    "value", ["[]", "7", "{}", '{"parts": {}}', '{"parts": [1]}', '{"parts": [{}]}']
+)
+def test_what_lists_no_parts_is_refused(tmp_path, value):
+    path = tmp_path / manifest.PARTS
+    path.write_text(value)
+    with pytest.raises(ValueError, match=str(path)):
+        manifest.read_parts(path)

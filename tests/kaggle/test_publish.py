@@ -199,9 +199,98 @@ def test_more_files_than_a_page_holds_are_all_verified_and_fetched(
 
 def test_an_output_that_would_leave_its_folder_is_refused(kaggle, go, tmp_path):
     kaggle.outputs = {"../stolen.csv": b"x"}
-    with pytest.raises(KaggleError, match="'../stolen.csv' would leave"):
+    with pytest.raises(KaggleError, match="'../stolen.csv' is .* leads elsewhere"):
         go()
     assert not (tmp_path / "stolen.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("", "is empty"),
+        ("a\x00b", "cannot be shown"),
+        ("a\x1b]0;t\x07", "cannot be shown"),
+        ("a\nb", "cannot be shown"),
+        ("n" * 300, "longer than"),
+        ("é" * 101, "longer than"),
+        ("..", "leads elsewhere"),
+        ("a/../../b", "leads elsewhere"),
+        ("/tmp/b", "absolute"),
+        ("a//b", "is empty"),
+        ("./b", "leads elsewhere"),
+        ("b/", "is empty"),
+        ("landmark-submission.log", "name of its log"),
+        ("submission.csv/b", "lies in another file"),
+        ("link/b", "would leave"),
+    ],
+)
+def test_a_name_that_is_no_file_of_the_folder_is_refused(
+    kaggle, go, tmp_path, name, words
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "link").symlink_to(tmp_path / "home")
+    kaggle.outputs = {"submission.csv": b"x", name: b"y"}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KaggleError, match=words) as told:
+        go(datasets=True, kernel=True)
+    assert repr(name)[1:9] in str(told.value) and str(told.value).isprintable()
+    left = [it for it in sorted(tmp_path.rglob("*")) if it not in before]
+    assert [it for it in left if it.is_relative_to(out)] == []
+    assert not [it for it in left if it.name == "b"]
+
+
+def test_an_output_that_is_listed_twice_is_refused(kaggle, go):
+    page = {"files": [{"fileName": "a", "url": "http://localhost/output/a"}] * 2}
+    kaggle.faults["ListKernelSessionOutput"] = [Fault(200, page)]
+    with pytest.raises(KaggleError, match="'a' stands there twice"):
+        go(datasets=True, kernel=True)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(kaggle, go, tmp_path, monkeypatch):
+    def full(self, answer, most):
+        yield b"id"
+        raise OSError(28, "No space left on device")
+
+    go(datasets=True)
+    monkeypatch.setattr(client.Client, "receive", full)
+    monkeypatch.setattr(client.Client, "receive_small", lambda self, it: it.content)
+    with pytest.raises(
+        (KaggleError, OSError), match=r"out/submission\.csv.*No space left"
+    ):
+        go(kernel=True)
+    assert [it for it in (tmp_path / "out").rglob("*") if it.is_file()] == []
+
+
+def test_nothing_that_a_terminal_obeys_is_said(kaggle, go):
+    harm = "\x1b]52;c;aGVsbG8=\x07\x9b2J\x08\u202e safe"
+    go(datasets=True)
+    kaggle.log = json.dumps([{"data": f"{harm} line {n}\n"} for n in range(3)])
+    kaggle.kernel_states = ["ERROR"]
+    for failure in ("", f"cause {harm}"):
+        kaggle.failure = failure
+        with pytest.raises(KaggleError) as told:
+            go(kernel=True, again=True)
+        assert str(told.value).isprintable() and "safe" in str(told.value)
+    for method, fault in {
+        "SaveKernel": Fault(200, {"error": f"no {harm}"}),
+        "GetKernel": Fault(400, {"code": 400, "message": f"no {harm}"}),
+    }.items():
+        kaggle.faults[method] = [fault]
+        with pytest.raises(KaggleError) as told:
+            go(kernel=True, again=True)
+        assert str(told.value).isprintable() and "safe" in str(told.value)
+    assert any("line 2" in it for it in go.said)
+    assert all(it.isprintable() for it in go.said)
+
+
+def test_a_key_that_a_log_breaks_into_lines_is_not_shown(kaggle, go):
+    kaggle.log = json.dumps([{"data": f"key {KEY[:9]}\n{KEY[9:]} was it\n"}])
+    kaggle.kernel_states = ["ERROR"]
+    with pytest.raises(KaggleError) as told:
+        go(datasets=True, kernel=True)
+    for text in (*go.said, str(told.value)):
+        assert KEY[:9] not in text and KEY[9:] not in text
 
 
 def test_a_kernel_without_a_submission_file_is_not_submitted(kaggle, go):

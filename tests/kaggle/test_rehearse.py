@@ -1,10 +1,15 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from kit import files
 from kit.answers import submission
 from kit.kaggle import manifest, mounts, rehearse, sandbox
 from kit.kaggle.rehearse import Rehearsal
@@ -393,3 +398,72 @@ def test_the_script_tells_each_failure_in_a_line(build, data, tmp_path):
         text=True,
     )
     assert done.returncode == 1 and done.stderr.startswith("rehearse: no images in")
+
+
+# --- killed
+
+
+def end_of(test, seconds=20):
+    """Waits until a condition holds."""
+    give_up = time.monotonic() + seconds
+    while not test():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def named(text):
+    """Processes with this text among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [path.parent.name] if text in path.read_text() else []
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_rehearsal_leaves_nothing(build, data, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    command = [sys.executable, ROOT / "scripts" / "rehearse.py"]
+    command += [build(COPY, "time.sleep(600)"), "--data", data, "--layout", "long"]
+    variables = os.environ | {"TMPDIR": str(tmp_path / "t")}
+    process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE)
+    end_of(lambda: list((tmp_path / "t").glob("*/log.txt")))
+    (folder,) = (tmp_path / "t").iterdir()
+    assert rehearse.sweep_folders() == [] and named(folder.name)
+    process.send_signal(number)
+    process.wait(20)
+    process.stderr.close()
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else 128 + number)
+    end_of(lambda: not named(folder.name))
+    assert rehearse.sweep_folders() == ([folder] if killed else [])
+    assert list((tmp_path / "t").iterdir()) == []
+    assert str(folder) not in Path("/proc/mounts").read_text()
+
+
+def test_a_folder_that_is_held_or_of_others_is_not_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = 2**22 + 1  # no id of a process
+    names = [f"{rehearse.PREFIX}{gone}-a", f"{rehearse.PREFIX}{gone}-b"]
+    names += [
+        f"{rehearse.PREFIX}{os.getpid()}-c",
+        "kaggle-mine",
+        f"{rehearse.PREFIX}x-y",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with files.lock(tmp_path / names[0]):
+        assert rehearse.sweep_folders() == [tmp_path / names[1]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [names[0], *names[2:]]
+    )
+
+
+def test_an_error_of_a_notebook_does_nothing_to_a_terminal(build, data):
+    cell = "raise ValueError('\\x1b]0;title\\x07\\rsafe\\x9b2J')"
+    run = rehearse.rehearse(build(cell), data)
+    assert "safe" in run.problem and run.problem.isprintable()
+    assert "safe" in run.error and run.error.replace("\n", "").isprintable()
