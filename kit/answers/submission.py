@@ -13,7 +13,7 @@ import pandas as pd
 
 from kit import files
 from kit.data.id_forms import refuse_other_form
-from kit.data.tables import in_a_line, read_csv
+from kit.data.tables import decode_label, encode_label, quoted, read_csv
 
 Table = pd.DataFrame
 PREDICTIONS = ["id", "landmark", "confidence"]  # columns of a table of them
@@ -72,9 +72,11 @@ def write_landmarks(
         if query not in answers:
             raise ValueError(f"{query} is no query that is asked")
         if answers[query]:
-            raise ValueError(f"query {_quoted(query)} has more than one prediction")
+            raise ValueError(f"query {quoted(query)} has more than one prediction")
         # the shortest text that reads back as the same number, so no two scores become one
-        answers[query] = f"{landmark} {float(confidence)!r}" if landmark else ""
+        answers[query] = (
+            f"{encode_label(landmark)} {float(confidence)!r}" if landmark else ""
+        )
     with files.replacing(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(f"{','.join(form.columns)}\n")
@@ -123,16 +125,16 @@ def check(
     for query, images in rankings.items():
         if len(images) > form.most:
             raise ValueError(
-                f"{path}: query {_quoted(query)} has {len(images)} images, more than {form.most}"
+                f"{path}: query {quoted(query)} has {len(images)} images, more than {form.most}"
             )
         if len(set(images)) < len(images):
-            raise ValueError(f"{path}: query {_quoted(query)} has an image twice")
+            raise ValueError(f"{path}: query {quoted(query)} has an image twice")
         if known is not None and not known.issuperset(images):
             answered = (image for each in rankings.values() for image in each)
             refuse_other_form(answered, known, path, "the index")
             wrong = next(image for image in images if image not in known)
             raise ValueError(
-                f"{path}: query {_quoted(query)} answers {_quoted(wrong)}, which is not in the index"
+                f"{path}: query {quoted(query)} answers {quoted(wrong)}, which is not in the index"
             )
     return len(rankings)
 
@@ -153,7 +155,7 @@ def check_landmarks(
         if landmarks is not None and landmark not in landmarks:
             refuse_other_form(named["landmark"], landmarks, path, "the references")
             raise ValueError(
-                f"{path}: query {_quoted(query)} answers {_quoted(landmark)}, which no reference shows"
+                f"{path}: query {quoted(query)} answers {quoted(landmark)}, which no reference shows"
             )
     return len(found)
 
@@ -165,7 +167,7 @@ def _read(path: Path, form: Form) -> dict[str, str]:
     repeated = table.loc[table[query].duplicated(), query]
     if len(repeated):
         raise ValueError(
-            f"{path}: query {_quoted(repeated.iloc[0])} stands there more than once"
+            f"{path}: query {quoted(repeated.iloc[0])} stands there more than once"
         )
     return dict(zip(table[query], table[answer], strict=True))
 
@@ -177,7 +179,7 @@ def _prediction(path: Path, query: str, answer: str) -> tuple[str, float]:
         return "", 0.0
     if len(parts) != 2:
         raise ValueError(
-            f"{path}: query {_quoted(query)} has {_quoted(answer)}, not one landmark and its score"
+            f"{path}: query {quoted(query)} has {quoted(answer)}, not one landmark and its score"
         )
     try:
         score = float(parts[1])
@@ -185,9 +187,9 @@ def _prediction(path: Path, query: str, answer: str) -> tuple[str, float]:
         score = math.nan
     if not math.isfinite(score):
         raise ValueError(
-            f"{path}: the score {_quoted(parts[1])} of query {_quoted(query)} is no finite number"
+            f"{path}: the score {quoted(parts[1])} of query {quoted(query)} is no finite number"
         )
-    return parts[0], score
+    return decode_label(parts[0]), score
 
 
 def _refuse_others(
@@ -200,14 +202,9 @@ def _refuse_others(
     problems = []
     if missing:
         count = f"({len(missing)} missing)"
-        problems.append(f"query {_quoted(missing[0])} has no line {count}")
+        problems.append(f"query {quoted(missing[0])} has no line {count}")
     if strange:
         count = f"({len(strange)} such lines)"
-        problems.append(f"{_quoted(strange[0])} is no query {count}")
+        problems.append(f"{quoted(strange[0])} is no query {count}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-
-
-def _quoted(text: str) -> str:
-    """For a message: what is invisible in it is seen, and it is not too long."""
-    return in_a_line(repr(str(text)))  # one of numpy's, too

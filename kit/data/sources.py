@@ -41,8 +41,20 @@ PICTURE = re.compile(
 )
 # what systems, archives and network disks leave beside photographs; hidden names besides
 LEFTOVERS = frozenset(
-    "__macosx @eadir @__thumb @tmp #recycle #snapshot $recycle.bin lost+found thumbs.db "
-    "ehthumbs.db ehthumbs_vista.db desktop.ini".split()
+    [
+        "__macosx",
+        "@eadir",
+        "@__thumb",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "lost+found",
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+    ]
 ) | {"system volume information", "icon\r"}
 FLOAT = re.compile(r"[+-]?\d+\.\d*")  # as pandas writes a whole number beside a gap
 NONE: Mapping[str, str] = MappingProxyType({})
@@ -485,8 +497,7 @@ def _checked_paths(table: pd.DataFrame, source: Path, root: Path) -> list[str]:
     found = []
     for number, name in enumerate(table["path"], 2):
         reason = ""
-        if name.startswith(base):
-            name = name[len(base) :]
+        name = name.removeprefix(base)
         if not name.strip():
             reason = "there is no path"
         elif "\\" in name:

@@ -54,13 +54,15 @@ def read_lines(path: Path) -> list[str]:
 def encode_label(label: str) -> str:
     """A label as one word, for columns where white space separates labels; reversible.
 
-    White space and % become %XX as in web addresses, other characters stay: `Big Ben` is
-    `Big%20Ben`, and the numbers of GLDv2 are themselves.
+    White space, commas, quotes and % become %XX as in web addresses, other characters stay:
+    `Big Ben` is `Big%20Ben`, and the numbers of GLDv2 are themselves.
     """
     if label.isalnum():
         return label
     return "".join(
-        "".join(f"%{byte:02X}" for byte in c.encode()) if c.isspace() or c == "%" else c
+        "".join(f"%{byte:02X}" for byte in c.encode())
+        if c.isspace() or c in '%,"'
+        else c
         for c in label
     )
 
