@@ -347,7 +347,7 @@ class _Training:
         limit = self.job.stage.max_unreadable * len(self.ids)
         # ranks may have met the same file: what counts is their union
         if count > limit and len(bad := self._all_unreadable()) > limit:
-            examples = b", ".join(self.ids[bad[:5]]).decode()
+            examples = ", ".join(self.dataset.path(row) for row in bad[:5])
             raise ValueError(
                 f"stage {self.job.stage.name}: {len(bad)} of {len(self.ids)} images cannot be read, "
                 f"more than a share of {self.job.stage.max_unreadable}; for example {examples}"

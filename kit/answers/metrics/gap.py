@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
+from kit.answers.metrics.mean_ap import show_score
 from kit.data.tables import decode_label, read_recognition
 
 HALVES = ("Public", "Private")
@@ -31,7 +32,8 @@ class Score:
     queries: pd.DataFrame
 
     def __str__(self) -> str:
-        return f"private GAP {self.private:.4f}  public GAP {self.public:.4f}"
+        halves = (("private", self.private), ("public", self.public))
+        return "  ".join(f"{half} GAP {show_score(score)}" for half, score in halves)
 
 
 def average(confidences: np.ndarray, correct: np.ndarray, positives: int) -> float:

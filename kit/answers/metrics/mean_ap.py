@@ -12,6 +12,11 @@ from kit.answers import submission
 from kit.data.tables import read_solution
 
 
+def show_score(score: float) -> str:
+    """Four digits; NaN is a half in which no query counts."""
+    return "(no query)" if np.isnan(score) else f"{score:.4f}"
+
+
 @dataclass(frozen=True)
 class Score:
     """mAP@100 of both halves; NaN where a half has no query."""
@@ -23,7 +28,10 @@ class Score:
     queries: pd.DataFrame
 
     def __str__(self) -> str:
-        return f"private mAP@100 {self.private:.4f}  public mAP@100 {self.public:.4f}"
+        halves = (("private", self.private), ("public", self.public))
+        return "  ".join(
+            f"{half} mAP@100 {show_score(score)}" for half, score in halves
+        )
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:

@@ -90,7 +90,7 @@ def test_gap_by_hand():
     assert score.private == pytest.approx((1 / 1 + 2 / 3) / 3)
     assert score.accuracy["Private"] == pytest.approx(2 / 3)
     assert math.isnan(score.public) and math.isnan(score.accuracy["Public"])
-    assert str(score) == "private GAP 0.5556  public GAP nan"
+    assert str(score) == "private GAP 0.5556  public GAP (no query)"
 
 
 def test_of_equally_sure_predictions_the_lower_query_comes_first():
