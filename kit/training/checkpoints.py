@@ -57,14 +57,8 @@ def prepare(folder: Path, config: str) -> bool:
 def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:
     """Everything needed to go on: weights, optimisers, scaler, step, log; replaces the last one."""
     path = folder / "resume" / "state.pt"
-    with files.replacing(path) as temporary:
-        try:
-            torch.save({"fingerprint": config, **state}, temporary)
-        except RuntimeError as error:  # of its archive writer, whatever the disk said
-            reason = str(error).splitlines()[0]
-            raise OSError(
-                f"{path}: not written ({reason}); is the disk full?"
-            ) from None
+    with files.replacing(path, _count_bytes(state)) as temporary:
+        torch.save({"fingerprint": config, **state}, temporary)
 
 
 def load_state(folder: Path, config: str) -> dict[str, Any] | None:
@@ -98,6 +92,15 @@ def gathered(state: dict[str, Any], head: Classifier) -> dict[str, Any]:
 def split(state: dict[str, Any], head: Classifier) -> dict[str, Any]:
     """This rank's rows of what `gathered` made, at whatever number of ranks."""
     return _by_rows(state, head.rows)
+
+
+def _count_bytes(state: Any) -> int:
+    """Of the tensors in a state of dictionaries and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, Mapping):
+        state = list(state.values())
+    return sum(map(_count_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def _by_rows(
