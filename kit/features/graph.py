@@ -74,6 +74,7 @@ def build(job: Job) -> Path:
             if rank.world > 1:
                 dist.barrier()
             if rank.main:
+                _check_done(job.out)
                 manifest = files.read_json(job.out / "manifest.json")
                 files.write_json(
                     job.out / "manifest.json", manifest | {"complete": True}
@@ -121,20 +122,17 @@ def _create(folder: Path, length: int, k: int, about: dict[str, object]) -> None
 
 
 def _fill(job: Job, features: Features, rank: launch.Rank) -> None:
-    rows, scores, done = (
-        np.load(job.out / name, mmap_mode="r+", allow_pickle=False)
-        for name in ("rows.npy", "scores.npy", "done.npy")
-    )
+    done = np.load(job.out / "done.npy", allow_pickle=False)
     todo = [int(b) for b in range(rank.rank, len(done), rank.world) if not done[b]]
     skip = ~features.readable()
     started = told = time.monotonic()
     for count, block in enumerate(todo, 1):
         here = slice(block * BLOCK, min((block + 1) * BLOCK, len(features)))
-        scores[here], rows[here] = _neighbours(features, here, job.k, skip)
-        scores.flush()  # the mark must not reach the disk before its block
-        rows.flush()
-        done[block] = 1
-        done.flush()
+        scores, rows = _neighbours(features, here, job.k, skip)
+        store.write_rows(job.out / "scores.npy", here.start, scores)
+        store.write_rows(job.out / "rows.npy", here.start, rows)
+        # last: the mark must not reach the disk before its block
+        store.write_rows(job.out / "done.npy", block, np.ones(1))
         if rank.main and (count == len(todo) or time.monotonic() - told > 10):
             told = time.monotonic()
             speed = count * BLOCK / (told - started)
@@ -148,6 +146,15 @@ def _fill(job: Job, features: Features, rank: launch.Rank) -> None:
                 f"{job.out}: stopped after {count} of {len(todo)} blocks, the time is "
                 "over; run it again to go on"
             )
+
+
+def _check_done(folder: Path) -> None:
+    done = np.load(folder / "done.npy", allow_pickle=False)
+    if not done.all():
+        raise RuntimeError(
+            f"{folder}: {int((done == 0).sum())} of {len(done)} blocks are missing, such as "
+            f"block {int(done.argmin())}; run the same command again"
+        )
 
 
 def _neighbours(

@@ -7,6 +7,8 @@ features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's
                                         counts; `complete` at the end
 """
 
+import errno
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from torch import Tensor
 
 import kit
 from kit import files
+
+NO_FALLOCATE = errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF
+CHUNK = 1 << 23  # bytes of zeros that are written at once
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,9 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.block = files.read_json(folder / "manifest.json")["block"]
-        maps = [
-            np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            for name in ("vectors.npy", "done.npy")
-        ]
-        self.vectors_at, self.done_at = (each.offset for each in maps)
-        (self.rows, self.dim), self.done = maps[0].shape, np.array(maps[1])
+        vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        self.rows, self.dim = vectors.shape
+        self.done = np.load(folder / "done.npy", allow_pickle=False)
 
     def write(self, number: int, vectors: np.ndarray, mark: bool = True) -> None:
         """The (n, D) vectors of block `number`, then its mark, each down to the disk.
@@ -138,11 +140,9 @@ class Writer:
             raise ValueError(
                 f"{self.folder}: block {number} is {expected}, not {vectors.shape}"
             )
-        half = np.ascontiguousarray(vectors, np.float16)
-        at = self.vectors_at + first * self.dim * half.itemsize
-        _overwrite(self.folder / "vectors.npy", at, half.tobytes())
+        write_rows(self.folder / "vectors.npy", first, vectors)
         if mark:
-            _overwrite(self.folder / "done.npy", self.done_at + number, b"\1")
+            write_rows(self.folder / "done.npy", number, np.ones(1))
             self.done[number] = 1
 
 
@@ -217,10 +217,17 @@ def expect(
     return features
 
 
-def _overwrite(path: Path, at: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
+def write_rows(path: Path, first: int, rows: np.ndarray) -> None:
+    """Overwrite the rows of an .npy file from `first` on, down to the disk.
+
+    No other row's bytes are written, so processes on any machines may write theirs at once: a
+    memory map writes whole pages, which on a network disk bring back old rows of others.
+    """
+    there = np.load(path, mmap_mode="r", allow_pickle=False)
+    data = np.ascontiguousarray(rows, there.dtype)
+    with files.explain_errors(path, size=data.nbytes), path.open("r+b") as file:
+        file.seek(there.offset + first * there.strides[0])
+        file.write(data.data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -230,23 +237,23 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def allocate(path: Path, shape: tuple[int, int], dtype: type) -> None:
+def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """An .npy file of zeros with its blocks taken on disk: a sparse map on a full disk dies by SIGBUS."""
     header = {
         "descr": npy.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
         "shape": shape,
     }
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    # readable: where the disk cannot take blocks, the C library reads and writes in each
+    with files.replacing(path, size) as temporary, temporary.open("w+b") as file:
         npy.write_array_header_1_0(file, header)
         file.flush()
         if size:
             try:
                 os.posix_fallocate(file.fileno(), 0, file.tell() + size)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"no room for {size / 1e9:.2f} GB of features ({error.strerror})",
-                    str(path),
-                ) from None
+            except (AttributeError, OSError) as error:  # no such call: macOS, musl
+                if getattr(error, "errno", 0) not in (0, *NO_FALLOCATE):
+                    raise
+                for start in range(0, size, CHUNK):
+                    file.write(bytes(min(CHUNK, size - start)))
