@@ -192,6 +192,14 @@ def time_left() -> float:
         raise ValueError(f"{STOP_AT} is {text!r}, not a unix time") from None
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use; where the system does not say (macOS), all of them."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
 @contextmanager
 def group() -> Iterator[Rank]:
     """Joins the process group that torchrun's environment describes; alone without one.
@@ -399,7 +407,7 @@ def _environment(processes: int) -> dict[str, str]:
     values["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     values["PYTHONUNBUFFERED"] = "1"
     # PyTorch would give every core to every rank, torchrun a single one to each.
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Ranks and their loaders share the cores: threads that wait sleep instead of spinning.
     values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
