@@ -3,7 +3,7 @@
 graph/<model>/<list>/rows.npy        (N, k) int32, best first; -1 where there are no more
                      scores.npy      (N, k) float32 inner products; -inf there
                      done.npy        (blocks,) uint8
-                     manifest.json   the features it was made of, k; `complete` at the end
+                     manifest.json   the features it was made of, k; `complete`, checksums at the end
 
 `python -m kit.features.graph JOB.json`, alone or under torchrun; `build` does the work. No image is
 its own neighbour; an unreadable one has none and is nobody's.
@@ -20,13 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from kit import config, files, launch
+from kit import checksums, config, files, launch
 from kit.features import search, store
 from kit.features.store import Features
 from kit.features.views import Views
 
 log = logging.getLogger(__name__)
 
+REPAIR = (
+    "make it again: --force the pipeline's 03_features step, or build the graph again"
+)
+FILES = ("rows.npy", "scores.npy", "done.npy")
 BLOCK = 4_096  # rows that are searched, and marked done, together
 
 
@@ -75,9 +79,10 @@ def build(job: Job) -> Path:
                 dist.barrier()
             if rank.main:
                 _check_done(job.out)
-                manifest = files.read_json(job.out / "manifest.json")
-                files.write_json(
-                    job.out / "manifest.json", manifest | {"complete": True}
+                manifest = checksums.read_manifest(job.out / "manifest.json", REPAIR)
+                made = {"checksums": checksums.compute_checksums(job.out, FILES)}
+                checksums.write_manifest(
+                    job.out / "manifest.json", manifest | made | {"complete": True}
                 )
     return job.out
 
@@ -93,7 +98,9 @@ def load(folder: Path, features: Features | None = None) -> Graph:
     """The complete graph in `folder`, refused unless it is that of `features`, if given."""
     if not (folder / "manifest.json").exists():
         raise FileNotFoundError(f"no graph in {folder}; build it first")
-    about = files.read_json(folder / "manifest.json")
+    about = checksums.read_manifest(
+        folder / "manifest.json", REPAIR, ("features", "k", "complete")
+    )
     if not about["complete"]:
         raise ValueError(f"{folder}: the graph is not finished; build it again")
     if features is not None and about["features"] != identity(features):
@@ -101,16 +108,16 @@ def load(folder: Path, features: Features | None = None) -> Graph:
         raise ValueError(
             f"{folder}: not the graph of these features of {name}; build it again"
         )
+    checksums.verify_files(folder, about, REPAIR, FILES[:2])
     rows, scores = (
-        np.load(folder / name, mmap_mode="r", allow_pickle=False)
-        for name in ("rows.npy", "scores.npy")
+        np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES[:2]
     )
     return Graph(rows, scores)
 
 
 def _create(folder: Path, length: int, k: int, about: dict[str, object]) -> None:
     manifest = folder / "manifest.json"
-    if manifest.exists() and about.items() <= files.read_json(manifest).items():
+    if checksums.is_resumable(folder, about, FILES):
         return
     for name in ("manifest.json", "done.npy", "rows.npy", "scores.npy"):
         (folder / name).unlink(missing_ok=True)
@@ -118,7 +125,7 @@ def _create(folder: Path, length: int, k: int, about: dict[str, object]) -> None
     store.allocate(folder / "rows.npy", (length, k), np.int32)
     store.allocate(folder / "scores.npy", (length, k), np.float32)
     store.allocate(folder / "done.npy", (-(-length // BLOCK),), np.uint8)
-    files.write_json(manifest, about | {"complete": False})
+    checksums.write_manifest(manifest, about | {"complete": False})
 
 
 def _fill(job: Job, features: Features, rank: launch.Rank) -> None:

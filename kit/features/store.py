@@ -2,9 +2,9 @@
 
 features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's order
                         vectors.npy     (N, D) float16, unit length; zeros where unreadable
-                        done.npy        (blocks,) uint8
+                        done.npy        (blocks,) uint8; 2 where some images were unreadable
                         manifest.json   model, list, what both saw, how an image was looked at,
-                                        counts; `complete` at the end
+                                        counts; `complete` and checksums at the end
 """
 
 import errno
@@ -22,8 +22,14 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 import kit
-from kit import files
+from kit import checksums, files
 
+REPAIR = (
+    "make it again: --force the pipeline's 03_features step, or 03_extract_features"
+)
+FIELDS = ("complete", "rows", "dim", "block", "unreadable", "model", "list", "seen")
+WHOLE, WITH_ZEROS = 1, 2  # marks of a block
+FILES = ("ids.npy", "vectors.npy", "done.npy")
 NO_FALLOCATE = errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF
 CHUNK = 1 << 23  # bytes of zeros that are written at once
 
@@ -94,12 +100,12 @@ def create(
     """Prepares a store to be filled; returns its block bitmap (1: already there).
 
     A store of the same `about` goes on where it stopped, one that was finished without some
-    blocks too; another one there is replaced. Space is taken at once, so that a full disk is an
-    error here and not a crash in the middle.
+    blocks too; another one there is replaced, and a damaged one. Space is taken at once, so that a
+    full disk is an error here and not a crash in the middle.
     """
     manifest = folder / "manifest.json"
     facts = {**about, "rows": len(ids), "dim": dim, "block": block}
-    same = manifest.exists() and facts.items() <= files.read_json(manifest).items()
+    same = checksums.is_resumable(folder, facts, FILES)
     if not same:
         for name in ("manifest.json", "done.npy", "ids.npy", "vectors.npy"):
             (folder / name).unlink(missing_ok=True)
@@ -108,10 +114,11 @@ def create(
         _save(folder / "ids.npy", ids.astype("U16"))
         _save(folder / "done.npy", np.zeros(-(-len(ids) // block), np.uint8))
         unfinished = {"complete": False, "unreadable": [], "kit": kit.__version__}
-        files.write_json(manifest, facts | unfinished)
+        checksums.write_manifest(manifest, facts | unfinished)
     done = np.load(folder / "done.npy", allow_pickle=False)
     if same and not done.all():
-        files.write_json(manifest, files.read_json(manifest) | {"complete": False})
+        about = checksums.read_manifest(manifest, REPAIR)
+        checksums.write_manifest(manifest, about | {"complete": False})
     return done
 
 
@@ -124,7 +131,8 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.block = files.read_json(folder / "manifest.json")["block"]
+        about = checksums.read_manifest(folder / "manifest.json", REPAIR, FIELDS)
+        self.block = about["block"]
         vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
         self.rows, self.dim = vectors.shape
         self.done = np.load(folder / "done.npy", allow_pickle=False)
@@ -142,8 +150,8 @@ class Writer:
             )
         write_rows(self.folder / "vectors.npy", first, vectors)
         if mark:
-            write_rows(self.folder / "done.npy", number, np.ones(1))
-            self.done[number] = 1
+            self.done[number] = WHOLE if vectors.any(axis=1).all() else WITH_ZEROS
+            write_rows(self.folder / "done.npy", number, self.done[number, None])
 
 
 def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> int:
@@ -159,13 +167,21 @@ def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> 
         )
     ids = np.load(folder / "ids.npy", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-    about = files.read_json(folder / "manifest.json")
+    about = checksums.read_manifest(folder / "manifest.json", REPAIR, FIELDS)
     zero = np.concatenate(
         [
             ~vectors[start : start + 16_384].any(axis=1)
             for start in range(0, len(ids), 16_384)
         ]
     )
+    lost = np.unique(np.flatnonzero(zero) // about["block"])
+    lost = lost[done[lost] == WHOLE]
+    if len(lost):
+        done[lost] = 0
+        raise ValueError(
+            f"{folder / 'vectors.npy'}: block {lost[0]} has zero rows, but its images were "
+            f"readable; the disk lost them; {REPAIR}"
+        )
     if lacking and zero.all():
         raise RuntimeError(f"{folder}: not one image's features are there")
     names = [str(name) for name in ids[zero]]
@@ -176,24 +192,25 @@ def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> 
             f"read, more than a share of {max_unreadable}; for example "
             + ", ".join(names[:5])
         )
-    files.write_json(
-        folder / "manifest.json", about | {"complete": True, "unreadable": names}
-    )
+    made = {"complete": True, "unreadable": names}
+    made["checksums"] = checksums.compute_checksums(folder, FILES)
+    checksums.write_manifest(folder / "manifest.json", about | made)
     return len(names)
 
 
 def load(folder: Path) -> Features:
-    """The complete store in `folder`."""
+    """The complete store in `folder`; one whose files have changed since is refused."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
         raise FileNotFoundError(
             f"no features in {folder}; run 03_extract_features first"
         )
-    about = files.read_json(manifest)
+    about = checksums.read_manifest(manifest, REPAIR, FIELDS)
     if not about["complete"]:
         raise ValueError(
             f"{folder}: extraction has not finished; run 03_extract_features again"
         )
+    checksums.verify_files(folder, about, REPAIR, FILES[:2])
     ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     if vectors.shape != (about["rows"], about["dim"]) or len(ids) != about["rows"]:

@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from kit import launch
+from kit import checksums, launch
 from kit.features import graph, store
 from kit.features.graph import Job
 
@@ -76,15 +76,44 @@ def test_a_finished_graph_is_left_alone_and_a_block_that_lacks_is_made(
     whole = rows.copy()
     rows[:] = 7
     rows.flush()
+    _seal(job.out)  # as if it had been written so
     graph.build(job)
     assert (np.load(job.out / "rows.npy") == 7).all()
     done = np.load(job.out / "done.npy", mmap_mode="r+")
     done[2] = 0
     done.flush()
+    _seal(job.out, complete=False)
     graph.build(job)
     again = np.load(job.out / "rows.npy")
     assert (again[20:30] == whole[20:30]).all()
     assert (again[:20] == 7).all() and (again[30:] == 7).all()
+
+
+def _seal(folder, **changed):
+    about = checksums.read_manifest(folder / "manifest.json", "")
+    changed["checksums"] = checksums.compute_checksums(folder, graph.FILES)
+    checksums.write_manifest(folder / "manifest.json", about | changed)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "scores.npy"])
+@pytest.mark.parametrize("fault", ["zeroed", "reversed", "cut"])
+def test_a_damaged_graph_is_refused_by_name_and_made_again(
+    features, tmp_path, name, fault
+):
+    job = Job(features, tmp_path / "graph", 5)
+    graph.build(job)
+    path = job.out / name
+    whole = path.read_bytes()
+    array = np.load(path)
+    if fault == "cut":
+        path.write_bytes(whole[:-100])
+    else:
+        np.save(path, np.zeros_like(array) if fault == "zeroed" else array[::-1].copy())
+    with pytest.raises(checksums.Damaged, match=f"{name}: .*03_features"):
+        graph.load(job.out)
+    graph.build(job)
+    assert path.read_bytes() == whole
+    graph.load(job.out)
 
 
 def test_another_k_or_other_features_replace_a_graph(features, tmp_path):

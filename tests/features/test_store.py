@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import __version__, files
+from kit import __version__, checksums, files
 from kit.features import store
 from kit.features.store import Features
 
@@ -87,7 +87,10 @@ def test_a_store_is_files_that_can_be_read_without_us(folder):
     assert arrays["ids"].dtype == np.dtype("U16")
     assert arrays["vectors"].shape == (10, 3) and arrays["vectors"].flags.c_contiguous
     assert arrays["done"].tolist() == [1, 1, 1]
-    assert files.read_json(folder / "manifest.json") == ABOUT | {
+    found = files.read_json(folder / "manifest.json")
+    assert found.pop("checksums").keys() == {"done.npy", "ids.npy", "vectors.npy"}
+    assert len(found.pop("seal")) == 64
+    assert found == ABOUT | {
         "rows": 10,
         "dim": 3,
         "block": 4,
@@ -360,7 +363,39 @@ def test_missing_features_say_how_to_make_them(folder):
 )
 def test_files_that_the_manifest_does_not_describe_are_refused(folder, name, array):
     np.save(filled(folder) / name, array)
-    with pytest.raises(ValueError, match="not those that manifest.json describes"):
+    with pytest.raises(checksums.Damaged, match=f"{name}: .*03_extract_features"):
+        store.load(folder)
+    again = filled(folder)  # which finds it and makes it anew
+    assert np.array_equal(store.load(again).vectors, vectors_of(10))
+
+
+@pytest.mark.parametrize("row", [0, 4, 9])
+def test_rows_that_the_disk_lost_are_not_taken_for_unreadable_images(folder, row):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    write(folder, vectors_of(10))
+    kept = np.load(folder / "vectors.npy", mmap_mode="r+")
+    kept[row] = 0
+    kept.flush()
+    with pytest.raises(ValueError, match=f"vectors.npy: block {row // 4} has zero"):
+        store.finish(folder)
+    filled(folder)
+    assert store.load(folder).readable().all()
+
+
+@pytest.mark.parametrize("name", ["complete", "unreadable", "rows", "model"])
+def test_a_manifest_without_a_field_or_a_seal_is_refused_by_name(folder, name):
+    path = filled(folder) / "manifest.json"
+    about = files.read_json(path)
+    without = {key: about[key] for key in about if key != name}
+    files.write_json(path, without)
+    with pytest.raises(checksums.Damaged, match="manifest.json: damaged"):
+        store.load(folder)
+    checksums.write_manifest(path, without)
+    with pytest.raises(checksums.Damaged, match=f"manifest.json: has no '{name}'"):
+        store.load(folder)
+    about.pop("checksums")
+    checksums.write_manifest(path, about)
+    with pytest.raises(checksums.Damaged, match="no checksums; .*03_extract_features"):
         store.load(folder)
 
 
@@ -374,6 +409,9 @@ def test_a_file_cut_short_is_refused(folder, name):
 
 def test_pickled_arrays_are_not_loaded(folder):
     np.save(filled(folder) / "ids.npy", IDS.astype(object), allow_pickle=True)
+    about = checksums.read_manifest(folder / "manifest.json", "")
+    about["checksums"] = checksums.compute_checksums(folder, store.FILES)
+    checksums.write_manifest(folder / "manifest.json", about)  # made by an attacker
     with pytest.raises(ValueError, match="allow_pickle|Python objects"):
         store.load(folder)
 

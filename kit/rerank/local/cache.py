@@ -1,13 +1,15 @@
 """Local features on disk: described once, block by block, resumable.
 
 <folder>/manifest.json       describer and its parameters, images (count, hash of their names),
-                             block; `complete`, `unreadable` and `keypoints` at the end
+                             block; `complete`, `unreadable`, `keypoints` and the blocks'
+                             checksums at the end
          00000.safetensors   of a block of images, one after the other:
                              keypoints (n, 2) float32, descriptors (n, d) float16,
                              starts (images + 1,) int64, sizes (images, 2) int32: height, width
                              (0, 0 where the image could not be read)
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -20,11 +22,18 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.data.readers import UnreadableImage
 from kit.rerank.local import spread
 from kit.rerank.local.features import Describer, LocalFeatures, nothing
 
+log = logging.getLogger(__name__)
+
+REPAIR = (
+    "make it again: run the step that uses it once more (04_tune_rerank, 07_recognition, "
+    "01_clean_labels), or remove its folder"
+)
+FIELDS = ("describer", "parameters", "images", "names", "block", "complete")
 OPEN = 64  # blocks whose file stays open
 
 
@@ -41,7 +50,7 @@ class Cache(Sequence):
             _refuse_others(folder, self.manifest, made_by(describe))
         if not self.manifest["complete"]:
             raise ValueError(f"{folder}: not all images are described; fill it again")
-        self._block = lru_cache(OPEN)(_Block)
+        self._block = lru_cache(OPEN)(self._open)
 
     def __len__(self) -> int:
         return self.manifest["images"]
@@ -50,7 +59,12 @@ class Cache(Sequence):
         if not 0 <= number < len(self):
             raise IndexError(f"image {number} of {len(self)} in {self.folder}")
         block, at = divmod(number, self.manifest["block"])
-        return self._block(_path(self.folder, block)).image(at)
+        return self._block(block).image(at)
+
+    def _open(self, block: int) -> "_Block":
+        path = _path(self.folder, block)
+        checksums.verify_files(self.folder, self.manifest, REPAIR, [path.name])
+        return _Block(path)
 
     def __reduce__(self) -> tuple:
         return Cache, (self.folder,)  # another process opens the files anew
@@ -88,7 +102,7 @@ def fill(
 
     An image for which `read` raises UnreadableImage has no keypoints and is named in the
     manifest. processes: 0 works in this one; else `read` is pickled. A folder with features of
-    other images, another describer or other parameters is refused.
+    other images, another describer or other parameters is refused; a damaged block is made again.
     """
     if block < 1:
         raise ValueError(f"block is {block}; it is at least 1")
@@ -100,11 +114,13 @@ def fill(
     }
     with files.lock(folder):
         there = _manifest(folder)
+        for number in _damaged(folder, there):
+            _path(folder, number).unlink()
         if there:
             _refuse_others(folder, there, made)
         else:
             begun = {"complete": False, "kit": kit.__version__}
-            files.write_json(folder / "manifest.json", made | begun)
+            checksums.write_manifest(folder / "manifest.json", made | begun)
         for left in folder.glob(".*.part"):  # by a run that was killed
             left.unlink()
         blocks = range(-(-len(names) // block))
@@ -118,9 +134,10 @@ def fill(
             pass
         if not (there and there["complete"] and not todo):
             about = made | {"complete": True, "kit": kit.__version__}
-            files.write_json(
-                folder / "manifest.json", about | _counts(folder, names, block)
-            )
+            about |= _counts(folder, names, block)
+            whole = [_path(folder, number).name for number in blocks]
+            about["checksums"] = checksums.compute_checksums(folder, whole)
+            checksums.write_manifest(folder / "manifest.json", about)
     return Cache(folder, describe)
 
 
@@ -172,7 +189,19 @@ def _refuse_others(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    return files.read_json(path) if path.exists() else {}
+    return checksums.read_manifest(path, REPAIR, FIELDS) if path.exists() else {}
+
+
+def _damaged(folder: Path, about: dict[str, Any]) -> list[int]:
+    """Blocks of a complete cache that are not those of its manifest."""
+    found = []
+    for name in about.get("checksums", {}) if about.get("complete") else ():
+        try:
+            checksums.verify_files(folder, about, "described again", [name])
+        except checksums.Damaged as error:
+            log.warning("%s", error)
+            found.append(int(name.partition(".")[0]))
+    return [number for number in found if _path(folder, number).exists()]
 
 
 def _path(folder: Path, block: int) -> Path:
