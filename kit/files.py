@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -170,6 +170,14 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
                 ) from None
         sweep_parts(folder)
         yield
+
+
+def differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing that `wanted` says otherwise, as "name (there, not wanted)"; "" for none."""
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            return f"{name} ({there.get(name)}, not {value})"
+    return ""
 
 
 def _short(name: str) -> str:

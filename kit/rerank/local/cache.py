@@ -8,6 +8,7 @@
                              (0, 0 where the image could not be read)
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -25,6 +26,8 @@ from kit.data.readers import UnreadableImage
 from kit.rerank.local import spread
 from kit.rerank.local.features import Describer, LocalFeatures, nothing
 
+log = logging.getLogger(__name__)
+
 OPEN = 64  # blocks whose file stays open
 
 
@@ -37,8 +40,11 @@ class Cache(Sequence):
         self.manifest = _manifest(folder)
         if not self.manifest:
             raise FileNotFoundError(f"no local features in {folder}; fill it first")
-        if describe is not None:
-            _refuse_others(folder, self.manifest, made_by(describe))
+        wanted = made_by(describe) if describe is not None else {}
+        if other := files.differing(self.manifest, wanted):
+            raise ValueError(
+                f"{folder} holds local features with another {other}; fill it again"
+            )
         if not self.manifest["complete"]:
             raise ValueError(f"{folder}: not all images are described; fill it again")
         self._block = lru_cache(OPEN)(_Block)
@@ -87,8 +93,8 @@ def fill(
     """Describes the images `names` that `read` gives, decoded; goes on where it stopped.
 
     An image for which `read` raises UnreadableImage has no keypoints and is named in the
-    manifest. processes: 0 works in this one; else `read` is pickled. A folder with features of
-    other images, another describer or other parameters is refused.
+    manifest. processes: 0 works in this one; else `read` is pickled. Features of other images, of
+    another describer or with other parameters are replaced.
     """
     if block < 1:
         raise ValueError(f"block is {block}; it is at least 1")
@@ -100,13 +106,20 @@ def fill(
     }
     with files.lock(folder):
         there = _manifest(folder)
-        if there:
-            _refuse_others(folder, there, made)
-        else:
+        if there and (other := files.differing(there, made)):
+            log.warning(
+                "%s: described again, it was made with another %s", folder, other
+            )
+            there = {}
+        if not there:
+            for name in (
+                "manifest.json",
+                "[0-9]*.safetensors",
+            ):  # the first makes them valid
+                for old in folder.glob(name):
+                    old.unlink()
             begun = {"complete": False, "kit": kit.__version__}
             files.write_json(folder / "manifest.json", made | begun)
-        for left in folder.glob(".*.part"):  # by a run that was killed
-            left.unlink()
         blocks = range(-(-len(names) // block))
         todo = [number for number in blocks if not _path(folder, number).exists()]
         pieces = [
@@ -147,7 +160,8 @@ def _describe(
         "starts": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "sizes": np.array([each.size for each in found], np.int32),
     }
-    with files.replacing(path) as temporary:
+    size = sum(each.nbytes for each in tensors.values())
+    with files.replacing(path, size) as temporary:
         save_file(tensors, temporary)
 
 
@@ -159,15 +173,6 @@ def _counts(folder: Path, names: list[str], block: int) -> dict[str, Any]:
             absent = (file.get_tensor("sizes") == 0).any(axis=1)
         unreadable += [names[start + at] for at in np.flatnonzero(absent)]
     return {"unreadable": unreadable, "keypoints": keypoints}
-
-
-def _refuse_others(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"{folder} holds local features with another {name} "
-                f"({there.get(name)}, not {value}); give another folder"
-            )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
