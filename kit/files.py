@@ -234,8 +234,6 @@ def _is_stale(path: Path) -> bool:
 
 def _probe(path: Path) -> OSError | None:
     """What the disk says to a little more in the file of that path, if it refuses."""
-    if not path.is_file():
-        return None
     try:
         with path.open("ab") as file:
             file.write(bytes(PROBE))
