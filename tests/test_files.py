@@ -60,11 +60,12 @@ def test_what_was_written_replaces_the_file_at_the_end(tmp_path):
         assert names(path.parent) == ["a.txt"]
 
 
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, error, aside):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), files.replacing(path) as temporary:
+    with pytest.raises(error), files.replacing(path, aside=aside) as temporary:
         temporary.write_text("half of the n")
         raise error
     assert path.read_text() == "old"
@@ -303,6 +304,9 @@ def test_only_temporary_files_of_ended_processes_are_swept(tmp_path, python):
         tmp_path / ".by_an_older_version.123.part",
     ]
     gone[-1].write_text("half")
+    folder = tmp_path / f".a.safetensors.{here}-{ended.pid}-5.part"
+    folder.mkdir()
+    (folder / ".tmpAbCdEf").write_text("half")
     for path in gone[-2:]:
         os.utime(path, (time.time() - 2 * files.DAY,) * 2)
     kept = [
@@ -315,7 +319,7 @@ def test_only_temporary_files_of_ended_processes_are_swept(tmp_path, python):
     for path in kept[-2:]:
         path.write_text("half")
     swept = files.sweep_parts(tmp_path)
-    assert sorted(swept) == sorted(gone)
+    assert sorted(swept) == sorted([*gone, folder]) and not folder.exists()
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert files.sweep_parts(tmp_path / "absent") == []

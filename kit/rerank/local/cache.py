@@ -161,7 +161,7 @@ def _describe(
         "sizes": np.array([each.size for each in found], np.int32),
     }
     size = sum(each.nbytes for each in tensors.values())
-    with files.replacing(path, size) as temporary:
+    with files.replacing(path, size, aside=True) as temporary:
         save_file(tensors, temporary)
 
 
