@@ -99,19 +99,37 @@ def read_manifest(
     return value
 
 
+def find_manifest(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """The manifest, or {} where there is none or, with a warning, a damaged one."""
+    try:
+        return read_manifest(path, "made again", needed) if path.exists() else {}
+    except Damaged as error:
+        log.warning("%s", error)
+        return {}
+
+
+def find_damaged(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The files that a complete manifest lists and that are others now, each with a warning."""
+    found = []
+    for name in manifest.get(CHECKSUMS, {}) if manifest.get("complete") else ():
+        try:
+            verify_files(folder, manifest, "made again", [name])
+        except Damaged as error:
+            log.warning("%s", error)
+            found.append(folder / name)
+    return found
+
+
 def is_resumable(folder: Path, wanted: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether what is in `folder` can be kept: its manifest says all that is `wanted`, and its
     .npy files `names` are whole.
 
     False with a warning where something is damaged: then all of it is to be made again.
     """
-    path = folder / "manifest.json"
-    if not path.exists():
+    about = find_manifest(folder / "manifest.json", ("complete",))
+    if not about or not wanted.items() <= about.items():
         return False
     try:
-        about = read_manifest(path, "made again", ("complete",))
-        if not wanted.items() <= about.items():
-            return False
         if about["complete"]:
             verify_files(folder, about, "made again", names)
         for name in names:

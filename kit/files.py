@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 DAY = 86_400.0  # seconds; a temporary file of another machine is stale after that
 PROBE = 1 << 20  # bytes that a disk with room takes
-_PART = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)\.part")
+_PART = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)\.part$")
 _FULL = "make room (or raise the quota or `ulimit -f`) and run the same command again"
 _DENIED = "give a folder where this user may write, or change its owner or mode"
 _FAILING = "the disk or its server fails; run the same command again once it answers"
@@ -42,24 +42,25 @@ _NO_LOCKS = {
 
 
 @contextmanager
-def replacing(path: Path, size: int = 0) -> Iterator[Path]:
+def replacing(path: Path, size: int = 0, aside: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there replaces `path` at the end.
 
     A failure inside the block leaves `path` as it was and removes the temporary file; where the
-    disk is to blame, OSError says so in words. size: bytes that are wanted, for the message.
+    disk is to blame, OSError says so in words. size: bytes that are wanted, for the message. aside:
+    in a temporary folder, for a library (safetensors) that makes temporary files of its own beside.
     """
-    temporary = path.with_name(f".{_short(path.name)}.{_writer(os.getpid())}.part")
+    part = path.with_name(f".{_short(path.name)}.{_writer(os.getpid())}.part")
+    temporary = part / path.name if aside else part
     try:
         with explain_errors(path, temporary, size=size):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
     finally:
-        with suppress(OSError):  # else it would hide what went wrong
-            temporary.unlink(missing_ok=True)
+        _remove(part)
 
 
 @contextmanager
@@ -96,14 +97,13 @@ def sweep_parts(folder: Path, deep: bool = True) -> list[Path]:
     """
     swept = []
     for place, folders, names in os.walk(folder):
-        if not deep:
-            folders.clear()
-        for name in names:
+        own = [name for name in folders if _PART.search(name)]
+        folders[:] = [name for name in folders if name not in own] if deep else []
+        for name in [*names, *own]:
             path = Path(place, name)
             if name.startswith(".") and name.endswith(".part") and _is_stale(path):
-                with suppress(OSError):  # another one was faster, or may not
-                    path.unlink()
-                    swept.append(path)
+                _remove(path)
+                swept.append(path)
     return swept
 
 
@@ -172,6 +172,14 @@ def lock(folder: Path, patience: float = 30.0) -> Iterator[None]:
         yield
 
 
+def differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing that `wanted` says otherwise, as "name (there, not wanted)"; "" for none."""
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            return f"{name} ({there.get(name)}, not {value})"
+    return ""
+
+
 def _short(name: str) -> str:
     """`name`, or its hash where the name of its temporary file would be too long."""
     data = os.fsencode(name)
@@ -193,6 +201,15 @@ def _machine() -> str:
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         known.append(str(os.stat("/proc/self/ns/pid").st_ino))
     return fingerprint(known)[:8]
+
+
+def _remove(part: Path) -> None:
+    """A temporary file or folder; what cannot be removed stays, and hides no other error."""
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+        return
+    with suppress(OSError):
+        part.unlink(missing_ok=True)
 
 
 def _process(pid: int) -> tuple[str, int] | None:
@@ -226,8 +243,6 @@ def _is_stale(path: Path) -> bool:
 
 def _probe(path: Path) -> OSError | None:
     """What the disk says to a little more in the file of that path, if it refuses."""
-    if not path.is_file():
-        return None
     try:
         with path.open("ab") as file:
             file.write(bytes(PROBE))
@@ -245,7 +260,7 @@ def _is_about(error: OSError, path: Path, temporary: Path | None) -> bool:
     ):  # perhaps of a read: these are of a write
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     named = Path(os.fsdecode(error.filename))
-    return named in (path, temporary) or named in path.parents
+    return named in (path, temporary) or named in (temporary or path).parents
 
 
 def _room(path: Path, size: int) -> str:

@@ -74,6 +74,7 @@ def run(
     for step in steps:
         check_parameters(step)
     with files.lock(folder):
+        files.sweep_parts(folder.parent)  # the work folder, of runs that were killed
         for step in steps:
             if step.name in forced:
                 _forget(step, folder)

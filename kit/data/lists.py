@@ -132,6 +132,7 @@ def build(
             tables["gld_v1"], shapes, gld_v1_classes, gld_v1_side
         )
         dropped["gld_v1"] |= more
+    files.sweep_parts(out)
     counts = {}
     for name, table in tables.items():
         own = name == "gld_v1"  # labels that say nothing about countries

@@ -143,7 +143,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Path:
     """Writes a state dict as safetensors, whole or not at all."""
     plain = {key: value.detach().contiguous() for key, value in weights.items()}
     size = sum(value.nbytes for value in plain.values())
-    with files.replacing(path, size) as temporary:
+    with files.replacing(path, size, aside=True) as temporary:
         save_file(plain, temporary)
     return path
 

@@ -11,6 +11,7 @@
 A block is written once, whole. `kit.answers.cleaning.pairs` fills it.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 
 import kit
 from kit import files
+
+log = logging.getLogger(__name__)
 
 MAX_UNREADABLE = 0.2  # share of the images; more looks like a lost disk
 FIRST, SECOND = 1, 2  # the other image is a candidate of the pair's first, its second
@@ -74,21 +77,18 @@ class Verified:
 
 
 def begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of what is there or begins here; refuses pairs that were `made` otherwise."""
+    """The manifest of what is there or begins here; pairs that were `made` otherwise are removed."""
     about = folder / "manifest.json"
-    if about.exists():
-        there = files.read_json(about)
-        for name, value in made.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"{folder} holds pairs verified with another {name} "
-                    f"({there.get(name)}, not {value}); give another folder"
-                )
-    else:
+    there = files.read_json(about) if about.exists() else {}
+    if there and (other := files.differing(there, made)):
+        log.warning("%s: verified again, it was made with another %s", folder, other)
+        there = {}
+    if not there:
+        for name in ("manifest.json", "*.npy", "*.json"):  # the first makes them valid
+            for old in folder.glob(name):
+                old.unlink()
         there = made | {"complete": False, "kit": kit.__version__}
         files.write_json(about, there)
-    for left in folder.glob(".*.part"):  # by a run that was killed
-        left.unlink()
     return there
 
 

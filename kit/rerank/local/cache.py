@@ -46,8 +46,11 @@ class Cache(Sequence):
         self.manifest = _manifest(folder)
         if not self.manifest:
             raise FileNotFoundError(f"no local features in {folder}; fill it first")
-        if describe is not None:
-            _refuse_others(folder, self.manifest, made_by(describe))
+        wanted = made_by(describe) if describe is not None else {}
+        if other := files.differing(self.manifest, wanted):
+            raise ValueError(
+                f"{folder} holds local features with another {other}; fill it again"
+            )
         if not self.manifest["complete"]:
             raise ValueError(f"{folder}: not all images are described; fill it again")
         self._block = lru_cache(OPEN)(self._open)
@@ -101,8 +104,8 @@ def fill(
     """Describes the images `names` that `read` gives, decoded; goes on where it stopped.
 
     An image for which `read` raises UnreadableImage has no keypoints and is named in the
-    manifest. processes: 0 works in this one; else `read` is pickled. A folder with features of
-    other images, another describer or other parameters is refused; a damaged block is made again.
+    manifest. processes: 0 works in this one; else `read` is pickled. Features of other images, of
+    another describer or with other parameters are replaced, and damaged blocks.
     """
     if block < 1:
         raise ValueError(f"block is {block}; it is at least 1")
@@ -113,16 +116,23 @@ def fill(
         "block": block,
     }
     with files.lock(folder):
-        there = _manifest(folder)
-        for number in _damaged(folder, there):
-            _path(folder, number).unlink()
-        if there:
-            _refuse_others(folder, there, made)
-        else:
+        there = checksums.find_manifest(folder / "manifest.json", FIELDS)
+        for path in checksums.find_damaged(folder, there):
+            path.unlink(missing_ok=True)
+        if there and (other := files.differing(there, made)):
+            log.warning(
+                "%s: described again, it was made with another %s", folder, other
+            )
+            there = {}
+        if not there:
+            for name in (
+                "manifest.json",
+                "[0-9]*.safetensors",
+            ):  # the first makes them valid
+                for old in folder.glob(name):
+                    old.unlink()
             begun = {"complete": False, "kit": kit.__version__}
             checksums.write_manifest(folder / "manifest.json", made | begun)
-        for left in folder.glob(".*.part"):  # by a run that was killed
-            left.unlink()
         blocks = range(-(-len(names) // block))
         todo = [number for number in blocks if not _path(folder, number).exists()]
         pieces = [
@@ -164,7 +174,8 @@ def _describe(
         "starts": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "sizes": np.array([each.size for each in found], np.int32),
     }
-    with files.replacing(path) as temporary:
+    size = sum(each.nbytes for each in tensors.values())
+    with files.replacing(path, size, aside=True) as temporary:
         save_file(tensors, temporary)
 
 
@@ -178,30 +189,9 @@ def _counts(folder: Path, names: list[str], block: int) -> dict[str, Any]:
     return {"unreadable": unreadable, "keypoints": keypoints}
 
 
-def _refuse_others(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"{folder} holds local features with another {name} "
-                f"({there.get(name)}, not {value}); give another folder"
-            )
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     return checksums.read_manifest(path, REPAIR, FIELDS) if path.exists() else {}
-
-
-def _damaged(folder: Path, about: dict[str, Any]) -> list[int]:
-    """Blocks of a complete cache that are not those of its manifest."""
-    found = []
-    for name in about.get("checksums", {}) if about.get("complete") else ():
-        try:
-            checksums.verify_files(folder, about, "described again", [name])
-        except checksums.Damaged as error:
-            log.warning("%s", error)
-            found.append(int(name.partition(".")[0]))
-    return [number for number in found if _path(folder, number).exists()]
 
 
 def _path(folder: Path, block: int) -> Path:
