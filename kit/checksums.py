@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def verify_files(
 
 def write_manifest(path: Path, value: Mapping[str, Any]) -> Path:
     """Write a JSON object with its seal."""
-    value = json.loads(json.dumps({**value, SEAL: ""}))  # as it will be read
+    value = json.loads(json.dumps(value))  # as it will be read
+    value.pop(SEAL, None)
     return files.write_json(path, value | {SEAL: _seal(value)})
 
 
@@ -120,18 +121,18 @@ def find_damaged(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     return found
 
 
-def is_resumable(folder: Path, wanted: Mapping[str, Any], names: Iterable[str]) -> bool:
+def is_resumable(folder: Path, wanted: Mapping[str, Any], names: Sequence[str]) -> bool:
     """Whether what is in `folder` can be kept: its manifest says all that is `wanted`, and its
     .npy files `names` are whole.
 
-    False with a warning where something is damaged: then all of it is to be made again.
+    The last of them marks what is done, and may differ: what lost its mark is made again. False with a warning where something is damaged: then all of it is to be made again.
     """
     about = find_manifest(folder / "manifest.json", ("complete",))
     if not about or not wanted.items() <= about.items():
         return False
     try:
         if about["complete"]:
-            verify_files(folder, about, "made again", names)
+            verify_files(folder, about, "made again", names[:-1])
         for name in names:
             open_array(folder / name, "made again")
     except Damaged as error:

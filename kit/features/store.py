@@ -27,7 +27,7 @@ from kit import checksums, files
 REPAIR = (
     "make it again: --force the pipeline's 03_features step, or 03_extract_features"
 )
-FIELDS = ("complete", "rows", "dim", "block", "unreadable", "model", "list", "seen")
+FIELDS = ("complete", "rows", "dim", "block", "unreadable")
 WHOLE, WITH_ZEROS = 1, 2  # marks of a block
 FILES = ("ids.npy", "vectors.npy", "done.npy")
 NO_FALLOCATE = errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF

@@ -382,7 +382,7 @@ def test_rows_that_the_disk_lost_are_not_taken_for_unreadable_images(folder, row
     assert store.load(folder).readable().all()
 
 
-@pytest.mark.parametrize("name", ["complete", "unreadable", "rows", "model"])
+@pytest.mark.parametrize("name", ["complete", "unreadable", "rows", "dim"])
 def test_a_manifest_without_a_field_or_a_seal_is_refused_by_name(folder, name):
     path = filled(folder) / "manifest.json"
     about = files.read_json(path)

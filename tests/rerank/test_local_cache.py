@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kit.data.readers import UnreadableImage
+from kit import checksums
 from kit.rerank.local import cache, features, verification
 from kit.rerank.local.features import LocalFeatures
 
@@ -104,6 +105,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+from kit import checksums
 from kit.rerank.local import cache
 import test_local_cache as here
 save = cache.save_file
@@ -149,7 +151,8 @@ def test_another_cache_is_made_again(tmp_path, caplog, change, told, whole):
     cache.fill(folder, **given)
     if not whole:
         path = folder / "manifest.json"
-        path.write_text(path.read_text().replace('"complete": true', '"complete": 0'))
+        about = checksums.read_manifest(path, "")
+        checksums.write_manifest(path, about | {"complete": False})
     if isinstance(change.get("describe"), features.Sift):
         change = change | {"read": noise}
     cache.fill(folder, **given | change)
@@ -161,6 +164,38 @@ def test_another_cache_is_made_again(tmp_path, caplog, change, told, whole):
     assert made == expected
     (line,) = [each.message for each in caplog.records]
     assert re.search(told, line)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "zeroed", "swapped", "gone"])
+def test_a_damaged_block_is_refused_by_name_and_described_again(tmp_path, fault):
+    filled = cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    path, other = (tmp_path / f"0000{number}.safetensors" for number in (1, 0))
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    damaged = {
+        "flipped": whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :],
+        "cut": whole[:-1],
+        "zeroed": bytes(len(whole)),
+        "swapped": other.read_bytes(),
+    }
+    path.unlink() if fault == "gone" else path.write_bytes(damaged[fault])
+    with pytest.raises(checksums.Damaged, match="00001.safetensors: .*04_tune_rerank"):
+        filled[5]
+    Marks.counted.clear()
+    again = cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    assert Marks.counted == [4, 5, 6, 7]
+    assert path.read_bytes() == whole and again[5].size == (6, 7)
+
+
+def test_a_damaged_manifest_is_refused_by_name_and_all_is_described_again(tmp_path):
+    cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    path = tmp_path / "manifest.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"images": 11', '"images": 10'))
+    with pytest.raises(checksums.Damaged, match="manifest.json: damaged"):
+        cache.Cache(tmp_path)
+    cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    assert path.read_text() == whole
 
 
 def test_blocks_without_a_manifest_are_described_again(tmp_path):

@@ -1,7 +1,7 @@
 """The inliers of a list's pairs of candidates, on disk.
 
 <folder>/manifest.json    list, features, backend and its parameters, candidates an image; at the
-                          end `complete`, blocks, pairs, unreadable (paths)
+                          end `complete`, blocks, pairs, unreadable (paths), checksums
          candidates.npy   (N, most) int32 rows of the list, best first; -1 where there are no more
          00000.npy        of a block of landmarks, (P, 4) int32: two rows of the list, the lower
                           one first; their inliers; whose candidate is whose (1: the second is
@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 import kit
-from kit import files
+from kit import checksums, files
 
 log = logging.getLogger(__name__)
 
+REPAIR = "make it again: run 01_clean_labels once more"
 MAX_UNREADABLE = 0.2  # share of the images; more looks like a lost disk
 FIRST, SECOND = 1, 2  # the other image is a candidate of the pair's first, its second
 
@@ -35,12 +36,11 @@ class Verified:
         about = folder / "manifest.json"
         if not about.exists():
             raise FileNotFoundError(f"no verified pairs in {folder}; verify them first")
-        self.folder, self.manifest = folder, files.read_json(about)
+        self.folder = folder
+        self.manifest = checksums.read_manifest(about, REPAIR, ("complete",))
         if not self.manifest["complete"]:
             raise ValueError(f"{folder}: not all pairs are verified; go on with it")
-        self.candidates = np.load(
-            folder / "candidates.npy", mmap_mode="r", allow_pickle=False
-        )
+        self.candidates = self._open("candidates.npy")
 
     def __len__(self) -> int:
         """How many images the list has."""
@@ -49,7 +49,11 @@ class Verified:
     def blocks(self) -> Iterator[np.ndarray]:
         """(P, 4) int32, see the module."""
         for number in range(self.manifest["blocks"]):
-            yield np.load(path(self.folder, number), allow_pickle=False)
+            yield self._open(path(self.folder, number).name)
+
+    def _open(self, name: str) -> np.ndarray:
+        checksums.verify_files(self.folder, self.manifest, REPAIR, [name])
+        return checksums.open_array(self.folder / name, REPAIR)
 
     def directed(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Images (P,), a candidate of each, and their inliers; a mutual pair comes twice."""
@@ -77,9 +81,16 @@ class Verified:
 
 
 def begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of what is there or begins here; pairs that were `made` otherwise are removed."""
+    """The manifest of what is there or begins here.
+
+    Pairs that were `made` otherwise are removed, and damaged blocks.
+    """
     about = folder / "manifest.json"
-    there = files.read_json(about) if about.exists() else {}
+    there = checksums.find_manifest(about, ("complete",))
+    for damaged in checksums.find_damaged(folder, there):
+        for end in (".npy", ".json"):  # a block's pairs and what of it is unreadable
+            damaged.with_suffix(end).unlink(missing_ok=True)
+        there |= {"complete": False}
     if there and (other := files.differing(there, made)):
         log.warning("%s: verified again, it was made with another %s", folder, other)
         there = {}
@@ -88,7 +99,7 @@ def begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
             for old in folder.glob(name):
                 old.unlink()
         there = made | {"complete": False, "kit": kit.__version__}
-        files.write_json(about, there)
+        checksums.write_manifest(about, there)
     return there
 
 
@@ -135,7 +146,13 @@ def finish(folder: Path, there: dict[str, Any], blocks: int) -> None:
             "run it again"
         )
     counted = {"blocks": blocks, "pairs": pairs, "unreadable": sorted(unreadable)}
-    files.write_json(folder / "manifest.json", there | counted | {"complete": True})
+    names = [*folder.glob("*.npy"), *folder.glob("[0-9]*.json")]
+    counted["checksums"] = checksums.compute_checksums(
+        folder, sorted(path.name for path in names)
+    )
+    checksums.write_manifest(
+        folder / "manifest.json", there | counted | {"complete": True}
+    )
 
 
 def path(folder: Path, number: int) -> Path:
