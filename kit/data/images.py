@@ -20,6 +20,7 @@ from kit.data.readers import Reader, UnreadableImage, file_bytes, open_reader
 
 BROKEN = (OSError, ValueError, SyntaxError, struct.error)  # what Pillow raises
 LARGEST = 178_956_970  # pixels; what Pillow refuses, so that lists and decoder agree
+AVIF = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")  # bytes 4 to 12
 REDUCED = {  # the decoder's own shrinking, by the factor
     8: cv2.IMREAD_REDUCED_COLOR_8,
     4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -44,6 +45,7 @@ def decode(data: bytes, name: str, least: int = 0) -> np.ndarray:
     pixels for what is missing. So do headers that claim gigabytes of pixels.
     """
     whole, flag = bool(data), cv2.IMREAD_COLOR  # other formats: left to the decoder
+    orientation = 1  # that is not left to the decoder
     if jpeg.is_jpeg(data):
         header = jpeg.parse(data)
         whole, side = header.whole, min(header.height, header.width)
@@ -54,6 +56,9 @@ def decode(data: bytes, name: str, least: int = 0) -> np.ndarray:
         huge = _claims_too_much(data)
         if data.startswith(b"\x89PNG"):
             whole = _png_is_whole(data)
+        elif data[4:12] in AVIF and not huge:
+            orientation = _avif_orientation(data)
+            flag |= cv2.IMREAD_IGNORE_ORIENTATION  # should a later OpenCV turn it, too
     if huge:
         raise UnreadableImage(f"{name}: claims more than {LARGEST:,} pixels")
     if not whole:
@@ -64,7 +69,42 @@ def decode(data: bytes, name: str, least: int = 0) -> np.ndarray:
         image = None
     if image is None:
         raise UnreadableImage(f"{name}: not an image")
+    if orientation > 1:
+        image = _turn_upright(image, orientation)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _avif_orientation(data: bytes) -> int:
+    """Orientation 1 to 8 of EXIF, or of the container; OpenCV applies neither."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _exif_orientation(image)
+    except BROKEN:
+        return 1
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Orientation 1 to 8 as the decoder sees it: XMP does not count, Pillow's `getexif` reads it."""
+    if image.format == "TIFF":  # Pillow's size is that of the turned picture already
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+    except BROKEN:  # no EXIF after all
+        return 1
+    orientation = exif.get(ExifTags.Base.Orientation)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, 3) -> the picture as EXIF orientation 2 to 8 wants it shown."""
+    if orientation >= 5:  # stored by columns
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def _png_is_whole(data: bytes) -> bool:
@@ -95,9 +135,7 @@ def header_size(file: Path | bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             width, height = image.size
-            # the general method: that of PNG decodes the picture first
-            exif = Image.Image.getexif(image)
-            turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            turned = _exif_orientation(image) >= 5
     except (*BROKEN, Image.DecompressionBombError):
         return -1, -1
     return (width, height) if turned else (height, width)
