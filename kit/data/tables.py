@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kit import checksums
+
 BLOCK = 1 << 18  # rows of a CSV read at a time
 
 
@@ -40,6 +42,7 @@ def read_csv(
 
 def read_solution(path: Path) -> pd.DataFrame:
     """id, images (ids with spaces between them, empty where ignored), usage."""
+    refuse_damaged(path)
     table = read_csv(path, ("id", "images", "Usage"))
     table = table[["id", "images", "Usage"]].rename(columns={"Usage": "usage"})
     _refuse_strange_usage(table, path)
@@ -50,6 +53,7 @@ def read_solution(path: Path) -> pd.DataFrame:
 
 def read_recognition(path: Path) -> pd.DataFrame:
     """id, landmarks (of train, with spaces between them; empty where none is shown), usage."""
+    refuse_damaged(path)
     table = read_csv(path, ("id", "landmarks", "Usage"))
     table = table[["id", "landmarks", "Usage"]].rename(columns={"Usage": "usage"})
     _refuse_strange_usage(table, path)
@@ -61,6 +65,21 @@ def read_continents(path: Path, column: str = "continent") -> dict[str, str]:
     """Country code -> continent; column `glr2021` has the 2021 system's choices."""
     table = read_csv(path, ("country", column))
     return dict(zip(table["country"], table[column], strict=True))
+
+
+def refuse_damaged(path: Path) -> None:
+    """Refuses a CSV that is not the one that the manifest beside it describes.
+
+    What our own steps write has one; a file of a competition or of the user has none.
+    """
+    beside = path.with_suffix(".json")
+    if beside.exists():
+        repair = (
+            f"make it again (00_image_lists, 01_clean_labels, kit.answers.audit), or remove "
+            f"{beside.name} if {path.name} was changed by hand"
+        )
+        about = checksums.read_manifest(beside, repair)
+        checksums.verify_files(path.parent, about, repair, [path.name])
 
 
 def refuse_repeats(ids: pd.Series, source: Path) -> None:

@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from kit.data.readers import UnreadableImage
 from kit import checksums
+from kit.data.readers import UnreadableImage
 from kit.rerank.local import cache, features, verification
 from kit.rerank.local.features import LocalFeatures
 
