@@ -148,8 +148,8 @@ def _check_manifest(
         _tell(work, path, "has no checksums", steps, report)
     for name, checksum in about.get(checksums.CHECKSUMS, {}).items():
         _compare(work, path.parent / name, checksum, steps, report)
-    vectors = path.parent / "vectors.npy"
-    if "unreadable" in about and vectors.exists() and vectors not in report.problems:
+    arrays = {path.parent / name for name in ("ids.npy", "vectors.npy")}
+    if all(each.is_file() for each in arrays) and not arrays & report.problems.keys():
         _check_zeros(work, path, about, steps, report)
 
 
