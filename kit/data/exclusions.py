@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import kit
 from kit import checksums, files
-from kit.data.tables import refuse_damaged
+from kit.data.tables import quoted, refuse_damaged
 
 COLUMNS = ("id", "reason", "of")
 DROPPED = "excluded: "  # what lists count them under, and the reason
@@ -82,7 +82,7 @@ def _parsed(path: Path) -> list[Exclusion]:
         raise FileNotFoundError(f"{path}: no such exclusion list")
     found: dict[str, Exclusion] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, strict=True)
             missing = {"id", "reason"} - set(table.fieldnames or ())
             if missing:
@@ -92,7 +92,7 @@ def _parsed(path: Path) -> list[Exclusion]:
             for row in table:
                 name, reason = row["id"], row["reason"]
                 if None in row or not ID.fullmatch(name or "") or not reason:
-                    problem = "is not the id of an image and a reason"
+                    problem = f"is not the id of an image and a reason: {quoted(name)}"
                 elif name in found:
                     problem = f"has {name} once more"
                 else:

@@ -27,8 +27,8 @@ import kit
 from kit import checksums, files
 from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
-from kit.data.sources import Facts
-from kit.data.tables import read_solution
+from kit.data.sources import NONE_HELD_OUT, Facts
+from kit.data.tables import in_a_line, read_lines, read_solution
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,10 @@ def build(
     made = {*tables, *(name for name, rows in truths.items() if len(rows))}
     missing = [name for name in wanted if name not in made]
     if missing:
+        why = [f"; {n} {c}" for n, c in facts.notes.items() if NONE_HELD_OUT in n]
         raise ValueError(
             f"{data} gives no list {', '.join(missing)}; it gives {', '.join(sorted(made))}"
+            + "".join(why)
         )
     shapes = _sizes(tables, data) if sizes else None
     if "gld_v1" in tables:
@@ -261,13 +263,14 @@ def _first_generation(
 
 def _searched(facts: Facts, index_ids: Path) -> set[str]:
     """A competition's index and every positive of the solution."""
-    wanted = [
-        line.strip() for line in index_ids.read_text(encoding="utf-8").splitlines()
-    ]
-    wanted = [line for line in wanted if line and line != "id"]
-    strange = set(wanted) - set(facts.index["id"])
+    wanted = [line for line in read_lines(index_ids) if line != "id"]
+    known = set(facts.index["id"])
+    strange = set(wanted) - known
     if strange:
-        raise ValueError(f"{index_ids}: {min(strange)} is not an image of the index")
+        raise ValueError(
+            f"{index_ids}: {in_a_line(min(strange))} is not an image of the index "
+            f"({len(strange)} of {len(wanted)} are not; the index has such as {min(known)})"
+        )
     return set(wanted) | set(" ".join(facts.solution["images"]).split())
 
 
@@ -366,7 +369,7 @@ def _write(
     path: Path, blocks: Iterable[pd.DataFrame], about: dict[str, Any], sizes: bool
 ) -> int:
     """The CSV, then the JSON beside it; returns the number of rows."""
-    unreadable = 0
+    unreadable, examples = 0, []
     with (
         files.replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
@@ -375,9 +378,17 @@ def _write(
         lines.writerow(COLUMNS)
         for rows in blocks:
             lines.writerows(zip(*(rows[c].tolist() for c in COLUMNS), strict=True))
-            unreadable += int((rows["height"] < 0).sum())
+            lost = rows.loc[rows["height"] < 0, "path"]
+            unreadable += len(lost)
+            examples += lost.head(10 - len(examples)).tolist()
     if sizes:
         about["unreadable headers"] = unreadable
+        about["unreadable, such as"] = examples
+        if unreadable:
+            log.warning(
+                "list %s: %d of %d images are missing or unreadable, such as %s",
+                *(path.stem, unreadable, about["rows"], examples[0]),
+            )
     made = {"hash": files.sha256(path), "kit": kit.__version__}
     made["checksums"] = checksums.compute_checksums(path.parent, [path.name])
     checksums.write_manifest(path.with_suffix(".json"), about | made)
@@ -441,7 +452,7 @@ def _read(path: Path, columns: Sequence[str], block: int | None = None) -> Any:
 
 
 def describe(folder: Path) -> pd.DataFrame:
-    """One row a list: rows, images, labels, and what was dropped and why."""
+    """One row a list: rows, labels, images whose header cannot be read, and what was dropped and why."""
     about = [
         files.read_json(path)
         for path in sorted(folder.glob("*.json"))
@@ -453,16 +464,24 @@ def describe(folder: Path) -> pd.DataFrame:
             "rows": [a["rows"] for a in about],
             "labels": [a["labels"] for a in about],
             "without label": [a["without label"] for a in about],
-            "dropped": [
-                "; ".join(
-                    f"{reason}: {count}"
-                    for reason, count in a["dropped"].items()
-                    if count
-                )
-                for a in about
-            ],
+            # None where no image was looked at
+            "missing or unreadable": [a["unreadable headers"] for a in about],
+            "dropped": [_counted(a["dropped"]) for a in about],
         }
     ).sort_values("rows", ignore_index=True)
+
+
+def describe_notes(folder: Path) -> list[str]:
+    """One line a thing that was decided while the data were read, with its count."""
+    for path in sorted(folder.glob("*.json")):
+        if _is_ours(path):
+            about = files.read_json(path)
+            return [f"{what}: {n}" for what, n in about["notes"].items() if n]
+    return []
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return "; ".join(f"{reason}: {count}" for reason, count in reasons.items() if count)
 
 
 def leaks(seen: Mapping[str, str], folder: Path, searched: ImageList) -> dict[str, int]:

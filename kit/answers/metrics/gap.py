@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
-from kit.data.tables import read_recognition
+from kit.data.tables import decode_label, read_recognition
 
 HALVES = ("Public", "Private")
 
@@ -57,7 +57,8 @@ def evaluate(predictions: pd.DataFrame, solution: pd.DataFrame) -> Score:
     asked = solution[solution["usage"] != "Ignored"].reset_index(drop=True)
     found = made[["landmark", "confidence"]].reindex(asked["id"])
     landmark = found["landmark"].fillna("").to_numpy(dtype=object)
-    pairs = zip(landmark, asked["landmarks"].str.split(), strict=True)
+    truth = ([decode_label(word) for word in t.split()] for t in asked["landmarks"])
+    pairs = zip(landmark, truth, strict=True)
     queries = pd.DataFrame(
         {
             "id": asked["id"],
