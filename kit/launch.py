@@ -254,7 +254,12 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def wrapper(arguments: Sequence[str] | None = None) -> None:
         if not _in_rank():
-            return main(arguments)
+            try:
+                return main(arguments)
+            except (OSError, ValueError, RuntimeError) as error:
+                if arguments is not None:  # of a caller in this process
+                    raise
+                sys.exit(str(error))
         from torch.distributed.elastic.multiprocessing.errors import record
 
         end_with(int(os.environ.get(AGENT, os.getppid())), signal.SIGKILL)
