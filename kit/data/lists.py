@@ -416,7 +416,7 @@ def find(folder: Path, name: str) -> StoredList:
     about = files.read_json(path.with_suffix(".json"))
     if files.sha256(path) != about["hash"]:
         raise ValueError(
-            f"{path} is not the file that {name}.json describes; build it again"
+            f"{path} is not the file that {name}.json describes; build it again: 00_image_lists"
         )
     return StoredList(name, path, about["hash"])
 

@@ -92,14 +92,18 @@ def identity(features: Features) -> dict[str, object]:
 def load(folder: Path, features: Features | None = None) -> Graph:
     """The complete graph in `folder`, refused unless it is that of `features`, if given."""
     if not (folder / "manifest.json").exists():
-        raise FileNotFoundError(f"no graph in {folder}; build it first")
+        raise FileNotFoundError(
+            f"no graph in {folder}; build it first: 03_extract_features"
+        )
     about = files.read_json(folder / "manifest.json")
     if not about["complete"]:
-        raise ValueError(f"{folder}: the graph is not finished; build it again")
+        raise ValueError(
+            f"{folder}: the graph is not finished; build it again: 03_extract_features"
+        )
     if features is not None and about["features"] != identity(features):
         name = features.manifest["list"]["name"]
         raise ValueError(
-            f"{folder}: not the graph of these features of {name}; build it again"
+            f"{folder}: not the graph of these features of {name}; build it again: 03_extract_features"
         )
     rows, scores = (
         np.load(folder / name, mmap_mode="r", allow_pickle=False)

@@ -170,7 +170,11 @@ def _fits(folder: Path, vectors: np.ndarray) -> bool:
             return True
         if about["sha256"] == files.sha256(folder / "vectors.npy"):
             return True
-    log.warning("%s: a copy of other vectors, not used; build it again", path)
+    log.warning(
+        "%s: a copy of other vectors, not used; build it again: "
+        "python -m kit.features.screen %s",
+        *(path, folder),
+    )
     return False
 
 

@@ -34,10 +34,14 @@ class Verified:
     def __init__(self, folder: Path) -> None:
         about = folder / "manifest.json"
         if not about.exists():
-            raise FileNotFoundError(f"no verified pairs in {folder}; verify them first")
+            raise FileNotFoundError(
+                f"no verified pairs in {folder}; verify them first: 01_clean_labels"
+            )
         self.folder, self.manifest = folder, files.read_json(about)
         if not self.manifest["complete"]:
-            raise ValueError(f"{folder}: not all pairs are verified; go on with it")
+            raise ValueError(
+                f"{folder}: not all pairs are verified; go on with it: 01_clean_labels"
+            )
         self.candidates = np.load(
             folder / "candidates.npy", mmap_mode="r", allow_pickle=False
         )
