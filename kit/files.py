@@ -83,7 +83,7 @@ def explain_errors(
         advice = _ADVICE.get(cause.errno) if cause else None
         if advice is None or not _is_about(cause, path, temporary):
             raise
-        room = _room(path, size) if advice is _FULL else ""
+        room = _room(path, temporary, size) if advice is _FULL else ""
         told = type(cause)(f"{path}: not written: {cause.strerror}{room}; {advice}")
         told.errno = cause.errno  # and no strerror, which would be all that is printed
         raise told from None
@@ -263,11 +263,16 @@ def _is_about(error: OSError, path: Path, temporary: Path | None) -> bool:
     return named in (path, temporary) or named in (temporary or path).parents
 
 
-def _room(path: Path, size: int) -> str:
-    wanted = f"{size / 1e6:.1f} MB wanted, " if size else ""
+def _room(path: Path, temporary: Path | None, size: int) -> str:
+    """What was wanted, or else written until then, and what is free before it is removed."""
     with suppress(OSError):
         folder = next(each for each in path.parents if each.exists())
-        return f" ({wanted}{shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free"
+        if size:
+            return f" ({size / 1e6:.1f} MB wanted, {free})"
+        if temporary and temporary.is_file():
+            return f" (after {temporary.stat().st_size / 1e6:.1f} MB, {free})"
+        return f" ({free})"
     return ""
 
 

@@ -97,16 +97,20 @@ def identity(features: Features) -> dict[str, object]:
 def load(folder: Path, features: Features | None = None) -> Graph:
     """The complete graph in `folder`, refused unless it is that of `features`, if given."""
     if not (folder / "manifest.json").exists():
-        raise FileNotFoundError(f"no graph in {folder}; build it first")
+        raise FileNotFoundError(
+            f"no graph in {folder}; build it first: 03_extract_features"
+        )
     about = checksums.read_manifest(
         folder / "manifest.json", REPAIR, ("features", "k", "complete")
     )
     if not about["complete"]:
-        raise ValueError(f"{folder}: the graph is not finished; build it again")
+        raise ValueError(
+            f"{folder}: the graph is not finished; build it again: 03_extract_features"
+        )
     if features is not None and about["features"] != identity(features):
         name = features.manifest["list"]["name"]
         raise ValueError(
-            f"{folder}: not the graph of these features of {name}; build it again"
+            f"{folder}: not the graph of these features of {name}; build it again: 03_extract_features"
         )
     checksums.verify_files(folder, about, REPAIR, FILES[:2])
     rows, scores = (
@@ -183,9 +187,9 @@ def _neighbours(
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    build(config.read(Job, Path(path)))
+    build(job)
 
 
 if __name__ == "__main__":

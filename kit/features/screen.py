@@ -170,7 +170,11 @@ def _bounds(folder: Path, features: Features) -> Bounds | None:
     about = checksums.read_manifest(about_file, repair, needed)
     whole = features.manifest.get("rows") == len(features)
     if not whole or about["vectors"] != features.manifest["checksums"]["vectors.npy"]:
-        log.warning("%s: a copy of other vectors, not used; build it again", path)
+        log.warning(
+            "%s: a copy of other vectors, not used; build it again: "
+            "python -m kit.features.screen %s",
+            *(path, folder),
+        )
         return None
     checksums.verify_files(folder, about, repair, ["screen.npy"])
     return Bounds(about["longest"], about["off"])

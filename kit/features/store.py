@@ -229,7 +229,7 @@ def expect(
         if wanted and found["hash"] != wanted:
             raise ValueError(
                 f"features of {kind} {found['name']}: hash {found['hash'][:12]} is not the "
-                f"expected {wanted[:12]}; extract them again"
+                f"expected {wanted[:12]}; extract them again: 03_extract_features"
             )
     return features
 

@@ -187,3 +187,32 @@ def test_the_module_runs_a_job_s_file(features, tmp_path):
 def test_no_neighbours_are_refused(tmp_path):
     with pytest.raises(ValueError, match="k is 0, not at least 1"):
         Job(tmp_path, tmp_path, 0)
+
+
+def test_a_graph_without_all_blocks_is_not_complete(features, tmp_path, monkeypatch):
+    job, fill = Job(features, tmp_path / "graph", 5), graph._fill
+
+    def forgetful(*given):
+        fill(*given)
+        store.write_rows(job.out / "done.npy", 2, np.zeros(1))  # its rank was lost
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "_fill", forgetful)
+        with pytest.raises(RuntimeError, match="1 of 6 blocks are missing, .*block 2"):
+            graph.build(job)
+    with pytest.raises(ValueError, match="not finished"):
+        graph.load(job.out)
+    assert len(graph.load(graph.build(job))) == SIZE
+
+
+def test_ranks_write_no_bytes_but_their_own(features, tmp_path, monkeypatch):
+    """A writable map would write whole pages, with old rows of ranks on other machines."""
+    load = np.load
+
+    def reading(path, mmap_mode=None, **options):
+        assert mmap_mode in (None, "r"), path
+        return load(path, mmap_mode, **options)
+
+    monkeypatch.setattr(np, "load", reading)
+    job = Job(features, tmp_path / "graph", 5)
+    assert np.array_equal(graph.load(graph.build(job)).rows, by_hand(vectors(), 5)[0])

@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -197,6 +198,61 @@ except OSError as error:
     assert list(folder.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="no features in"):
         store.load(folder)
+
+
+def refuse(number: int):
+    def call(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def emulate(file: int, offset: int, length: int) -> None:
+    """As the C library does where the disk has no such call: it reads and writes in each block."""
+    for at in range(offset, offset + length, 4096):
+        os.pread(file, 1, at)
+    os.truncate(file, length)
+
+
+FALLOCATE = {
+    "none": None,  # macOS
+    "emulated": emulate,
+    "EOPNOTSUPP": refuse(errno.EOPNOTSUPP),
+    "EINVAL": refuse(errno.EINVAL),
+    "ENOSYS": refuse(errno.ENOSYS),
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 512), (41, 512), (3, 2048), (7, 3), (0, 4)])
+@pytest.mark.parametrize("kind", FALLOCATE)
+def test_space_is_taken_on_a_disk_without_fallocate(folder, monkeypatch, kind, shape):
+    if FALLOCATE[kind] is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", FALLOCATE[kind])
+    monkeypatch.setattr(store, "CHUNK", 1000)
+    store.allocate(folder / "a.npy", shape, np.float16)
+    there = np.load(folder / "a.npy", allow_pickle=False)
+    assert there.dtype == np.float16 and np.array_equal(there, np.zeros(shape))
+    if kind != "emulated":  # a hole would be a crash where the disk is full later
+        assert os.stat(folder / "a.npy").st_blocks * 512 >= there.nbytes
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_without_room_is_an_error_and_no_file(folder, monkeypatch, number):
+    monkeypatch.setattr(os, "posix_fallocate", refuse(number))
+    with pytest.raises(OSError, match=r"not written: .*\(2.0 MB wanted, ") as caught:
+        store.allocate(folder / "a.npy", (1000, 1000), np.float16)
+    assert caught.value.errno == number and not list(folder.iterdir())
+
+
+def test_rows_are_overwritten_in_every_type_and_no_other_bytes_are(tmp_path):
+    for dtype in (np.uint8, np.int32, np.float16, np.float64):
+        before = np.arange(40).reshape(10, 4).astype(dtype)
+        np.save(tmp_path / "a.npy", before)
+        store.write_rows(tmp_path / "a.npy", 3, -np.ones((2, 4), np.int64) % 7)
+        before[3:5] = -1 % 7
+        assert np.array_equal(np.load(tmp_path / "a.npy"), before)
 
 
 def test_a_disk_that_fills_up_later_is_found_out_before_the_manifest(

@@ -35,11 +35,15 @@ class Verified:
     def __init__(self, folder: Path) -> None:
         about = folder / "manifest.json"
         if not about.exists():
-            raise FileNotFoundError(f"no verified pairs in {folder}; verify them first")
+            raise FileNotFoundError(
+                f"no verified pairs in {folder}; verify them first: 01_clean_labels"
+            )
         self.folder = folder
         self.manifest = checksums.read_manifest(about, REPAIR, ("complete",))
         if not self.manifest["complete"]:
-            raise ValueError(f"{folder}: not all pairs are verified; go on with it")
+            raise ValueError(
+                f"{folder}: not all pairs are verified; go on with it: 01_clean_labels"
+            )
         self.candidates = self._open("candidates.npy")
 
     def __len__(self) -> int:
