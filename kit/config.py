@@ -4,6 +4,7 @@ A configuration may hold others (a stage its augmentation); no two fields in it 
 user changes any of them by name alone.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -48,6 +49,13 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
+    for field in dataclasses.fields(kind):
+        missing = dataclasses.MISSING
+        if (
+            field.name not in values
+            and field.default is field.default_factory is missing
+        ):
+            raise ValueError(f"{kind.__name__} lacks field {field.name!r}")
     return kind(**{name: _build(known[name], value) for name, value in values.items()})
 
 
@@ -61,7 +69,29 @@ def write(config: Any, path: Path) -> Path:
 
 
 def read(kind: type[Config], path: Path) -> Config:
-    return from_dict(kind, files.read_json(path))
+    values = files.read_json(path)
+    if type(values) is not dict:
+        raise ValueError(f"{path}: not the fields of a {kind.__name__}")
+    try:
+        return from_dict(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_argument(
+    kind: type[Config], arguments: Sequence[str] | None, about: str
+) -> Config:
+    """The configuration in the one JSON file that a command line names.
+
+    arguments: None for this process's. about: what `--help` says.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument(
+        "job",
+        type=Path,
+        help=f"JSON with the fields of {kind.__module__}.{kind.__name__}, as a step writes it",
+    )
+    return read(kind, parser.parse_args(arguments).job)
 
 
 def change(config: Config, **fields: Any) -> Config:

@@ -222,7 +222,7 @@ def _start(trial: Trial, claim: ExitStack, devices: str, gpus: int) -> _Running:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
     }
-    cores = len(os.sched_getaffinity(0))
+    cores = launch.count_cores()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see kit.launch
     with (trial.folder / "trial.log").open("ab") as log:

@@ -150,7 +150,8 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(data, tmp
 
     done = run(data, tmp_path / "work", preexec_fn=small_files)
     assert done.returncode == 1
-    assert "is the disk full?" in done.stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "not written: File too large" in last and str(tmp_path / "work") in last
     assert not list((tmp_path / "work").rglob("*.part"))
     assert not list((tmp_path / "work").rglob("stage.json"))
     again = run(data, tmp_path / "work")

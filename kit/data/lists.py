@@ -1,7 +1,7 @@
 """What a dataset says -> image lists with one label space, and the lists read back.
 
 A list is `<name>.csv` with the columns of `COLUMNS` and `<name>.json`, which counts rows, sources
-and every kind of dropped row. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
+and every kind of dropped row, and has the CSV's checksum. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
 `full` (all of train), `index`, `query`, `index_train` (full and the index images whose place
 train knows), `all` (index_train and the test images), `gld_v1` (the first generation's images, with labels of
 their own). `index_train_holdout` and `all_holdout` are
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
 from kit.data.sources import NONE_HELD_OUT, Facts
@@ -33,6 +33,9 @@ from kit.data.tables import in_a_line, read_lines, read_solution
 log = logging.getLogger(__name__)
 
 TRUTHS = ("solution.csv", "recognition.csv")  # answers of the queries
+REPAIR = (
+    "make it again: run 00_image_lists once more, --from 00_image_lists in the pipeline"
+)
 BLOCK = 1 << 18  # rows read at a time where a list is not kept
 
 COLUMNS = {
@@ -134,6 +137,7 @@ def build(
             tables["gld_v1"], shapes, gld_v1_classes, gld_v1_side
         )
         dropped["gld_v1"] |= more
+    files.sweep_parts(out)
     counts = {}
     for name, table in tables.items():
         own = name == "gld_v1"  # labels that say nothing about countries
@@ -159,6 +163,9 @@ def build(
         table = table.rename(columns={"usage": "Usage"})
         with files.replacing(out / name) as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
+        about = {"checksums": checksums.compute_checksums(out, [name])}
+        about |= {"rows": len(table), "kit": kit.__version__}
+        checksums.write_manifest((out / name).with_suffix(".json"), about)
     return counts
 
 
@@ -383,7 +390,8 @@ def _write(
                 *(path.stem, unreadable, about["rows"], examples[0]),
             )
     made = {"hash": files.sha256(path), "kit": kit.__version__}
-    files.write_json(path.with_suffix(".json"), about | made)
+    made["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), about | made)
     return about["rows"]
 
 
@@ -394,6 +402,7 @@ def _remove_others(out: Path, kept: Collection[str]) -> None:
             about.unlink()
             about.with_suffix(".csv").unlink(missing_ok=True)
     for name in TRUTHS:
+        (out / name).with_suffix(".json").unlink(missing_ok=True)
         (out / name).unlink(missing_ok=True)
 
 
@@ -419,15 +428,15 @@ def find(folder: Path, name: str) -> StoredList:
     """The list `name` of `folder`, to be read block by block; refused as by `load`."""
     path = folder / f"{name}.csv"
     if not path.exists() or not path.with_suffix(".json").exists():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
+        there = (
+            ", ".join(sorted(p.stem for p in folder.glob("*.json") if _is_ours(p)))
+            or "none"
+        )
         raise FileNotFoundError(
             f"no list {name} in {folder} (there: {there}); run 00_image_lists first"
         )
-    about = files.read_json(path.with_suffix(".json"))
-    if files.sha256(path) != about["hash"]:
-        raise ValueError(
-            f"{path} is not the file that {name}.json describes; build it again"
-        )
+    about = checksums.read_manifest(path.with_suffix(".json"), REPAIR, ("hash",))
+    checksums.verify_files(folder, about, REPAIR, [path.name])
     return StoredList(name, path, about["hash"])
 
 

@@ -29,6 +29,7 @@ from kit.data.tables import (
     read_csv,
     read_recognition,
     read_solution,
+    refuse_damaged,
     refuse_repeats,
 )
 
@@ -141,6 +142,8 @@ def read(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(readers)}")
     if layout == "csv" and not table:
         raise ValueError("layout csv needs a table: the file path,label[,group,split]")
+    if clean is not None:
+        refuse_damaged(clean)
     facts = readers[layout]()
     if layout != "gldv2" and (clean or excluded):
         facts = _recut(facts, clean, excluded or {})

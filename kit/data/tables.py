@@ -8,6 +8,8 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
+from kit import checksums
+
 BLOCK = 1 << 18  # rows of a CSV read at a time
 UTF_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte order mark
 
@@ -74,6 +76,7 @@ def decode_label(word: str) -> str:
 
 def read_solution(path: Path) -> pd.DataFrame:
     """id, images (ids with spaces between them, empty where ignored), usage."""
+    refuse_damaged(path)
     table = read_csv(path, ("id", "images", "Usage"))
     table = table[["id", "images", "Usage"]].rename(columns={"Usage": "usage"})
     _refuse_strange_usage(table, path)
@@ -88,6 +91,7 @@ def read_recognition(path: Path) -> pd.DataFrame:
 
     A landmark is written as `encode_label` does.
     """
+    refuse_damaged(path)
     table = read_csv(path, ("id", "landmarks", "Usage"))
     table = table[["id", "landmarks", "Usage"]].rename(columns={"Usage": "usage"})
     _refuse_strange_usage(table, path)
@@ -100,6 +104,21 @@ def read_continents(path: Path, column: str = "continent") -> dict[str, str]:
     """Country code -> continent; column `glr2021` has the 2021 system's choices."""
     table = read_csv(path, ("country", column))
     return dict(zip(table["country"], table[column], strict=True))
+
+
+def refuse_damaged(path: Path) -> None:
+    """Refuses a CSV that is not the one that the manifest beside it describes.
+
+    What our own steps write has one; a file of a competition or of the user has none.
+    """
+    beside = path.with_suffix(".json")
+    if beside.exists():
+        repair = (
+            f"make it again (00_image_lists, 01_clean_labels, kit.answers.audit), or remove "
+            f"{beside.name} if {path.name} was changed by hand"
+        )
+        about = checksums.read_manifest(beside, repair)
+        checksums.verify_files(path.parent, about, repair, [path.name])
 
 
 def refuse_repeats(ids: pd.Series, source: Path) -> None:

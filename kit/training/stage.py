@@ -436,9 +436,9 @@ def _peak_gb(device: torch.device) -> float:
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(config.read(Job, Path(path)))
+    run(job)
 
 
 if __name__ == "__main__":

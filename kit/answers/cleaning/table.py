@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.rule import Kept
 from kit.data import tables
@@ -49,7 +49,8 @@ def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
         "hash": files.sha256(path),
         "kit": kit.__version__,
     }
-    files.write_json(path.with_suffix(".json"), about)
+    about["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), about)
     return path
 
 
