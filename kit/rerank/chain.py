@@ -62,6 +62,25 @@ class Chain:
         return tuple(step for step in self.steps if step.kind == kind)
 
 
+def wide_steps(chosen: Sequence[Step], index: int) -> list[str]:
+    """A sentence for each step that averages over a tenth or more of an index of so many images.
+
+    Such a step mixes places: the published counts are for indexes of hundreds of thousands.
+    """
+    counts = [
+        (step.name, name, getattr(step, name))
+        for step in chosen
+        for name in ("neighbours", "kd", "explore", "k1")
+        if hasattr(step, name)
+    ]
+    return [
+        f"{step}: {name} {count} covers {min(1.0, count / index):.0%} of the index's {index} "
+        "images; take fewer, or small-places"
+        for step, name, count in counts
+        if count > 3 and 10 * count >= index
+    ]
+
+
 def refuse_order(chosen: Sequence[Step]) -> None:
     """Features first, then bonuses, then rankings; within a kind any order."""
     for before, after in pairwise(chosen):

@@ -180,3 +180,16 @@ def test_a_hostile_chain_must_be_one_line_with_the_file_s_name(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]*chain\.json: not [^\n]*$"):
         chain.load(path)
+
+
+@pytest.mark.parametrize(
+    ("step", "index", "told"),
+    [
+        *((steps.Diffusion(), 96, "52%"), (steps.Diffusion(), 500, "10%")),
+        *((steps.Diffusion(), 501, ""), (steps.Dba(3), 10, ""), (steps.Local(), 5, "")),
+        *((steps.KReciprocal(), 20, "100%"), (steps.Traversal(), 50, "100%")),
+    ],
+)
+def test_a_step_that_averages_over_much_of_an_index_must_be_told(step, index, told):
+    (found,) = chain.wide_steps([step], index) or [""]
+    assert told in found and bool(told) == bool(found)
