@@ -63,7 +63,9 @@ def options() -> argparse.Namespace:
         nargs="*",
         metavar="STEP",
         help="steps to tune, in their order, instead of the recipe's own: "
-        + ", ".join(STEPS),
+        + ", ".join(STEPS)
+        + "; or chains of fixed parameters: "
+        + ", ".join(chain.NAMED),
     )
     add(
         "--neighbours",

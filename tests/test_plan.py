@@ -167,6 +167,7 @@ def test_a_recipe_names_the_steps_that_are_tuned_unless_the_user_does(run):
 
     assert tuned(run) == ["landmark_country"]
     assert tuned(replace(run, rerank=("dba", "refine"))) == ["dba", "refine"]
+    assert tuned(replace(run, rerank=("small-places",))) == ["small-places"]
     assert tuned(replace(run, rerank=())) == []
     assert tuned(replace(run, recipe="glr2019/v19c")) == ["sort_insert"]
     with pytest.raises(ValueError, match="step 'debra' is not one of whitening, dba"):

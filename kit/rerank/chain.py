@@ -23,6 +23,12 @@ from kit.rerank.steps import Step
 
 KINDS = (steps.FEATURES, steps.BONUS, steps.RANKING)
 FUSIONS = ("scores", "tags", "ranks")
+# steps with fixed parameters under one name: nothing in them is tuned
+NAMED: Mapping[str, tuple[Step, ...]] = {
+    # places with one to ten photographs each, where the published counts of neighbors cover
+    # images of other places
+    "small-places": (steps.Dba(neighbours=3), steps.Local(backend="xfeat")),
+}
 
 
 @dataclass(frozen=True)

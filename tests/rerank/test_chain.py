@@ -122,3 +122,10 @@ def test_unknown_fields_of_a_step_are_refused_with_those_that_there_are():
         match="^step alpha_qe has no field 'n'; fields: neighbours, alpha, transductive$",
     ):
         steps.build({"step": "alpha_qe", "n": 3})
+
+
+@pytest.mark.parametrize("name", chain.NAMED)
+def test_a_named_chain_must_be_in_order_and_survive_its_file(tmp_path, name):
+    assert name not in steps.STEPS
+    written = Chain({"a": 1.0}, chain.NAMED[name])
+    assert chain.load(chain.save(written, tmp_path / "chain.json")) == written
