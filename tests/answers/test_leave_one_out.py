@@ -10,8 +10,8 @@ from kit.rerank import steps
 from kit.rerank.chain import Chain
 from tests.answers.scenes import features, unit
 
-COUNT, OUTSIDE, DIM = 22, 3, 8
-LOST = (4, 17)  # index images that cannot be read; 4 asks, too
+COUNT, OUTSIDE, DIM = 14, 3, 8
+LOST = (4, 11)  # index images that cannot be read; 4 asks, too
 
 SHORT = {"shortlist": 6}
 STEPS = {

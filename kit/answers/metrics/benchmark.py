@@ -15,17 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kit import files
+from kit.answers import leave_one_out
 from kit.answers.metrics import extraction, places, protocol, revisited
 from kit.answers.metrics.extraction import Networks
 from kit.answers.metrics.ground_truth import GroundTruth, Query
-from kit.answers.reranking import rank
+from kit.answers.pictures import Pictures
 from kit.answers.retrieval import Scenes
+from kit.answers.scene import Scene
 from kit.data import crops, lists, sources
 from kit.data.readers import UnreadableImage
 from kit.features import store
+from kit.features.store import Features
 from kit.features.views import Views
 from kit.rerank import order
 from kit.rerank.chain import Chain
@@ -121,8 +125,6 @@ def evaluate(
 ) -> Found:
     """Extracts what is missing, ranks the whole index for each query, and scores the rankings."""
     plan = networks.chain(chain)
-    if plan.steps and distractors is not None:
-        raise ValueError("a chain reranks no distractors; go without one of them")
     if benchmark.name == DISTRACTORS:
         raise ValueError(f"{DISTRACTORS} is a folder's name; call the file another")
     whole_folders = [images] if benchmark.truth.kind == "classic" else []
@@ -200,7 +202,9 @@ def _placed(
     groups = [query.groups for query in benchmark.truth.queries]
     marked = [np.concatenate(list(each.values())) for each in groups]
     if chain.steps:
-        found = places.of_rankings(_reranked(out, chain, processes), marked)
+        own = own_rows(benchmark.truth)
+        ranked = _reranked(out, features, chain, processes, own)
+        found = places.of_rankings(ranked, marked)
     else:
         queries = [store.load(features[0] / name / QUERY) for name in chain.models]
         parts = [
@@ -216,19 +220,80 @@ def _placed(
     ]
 
 
-def _reranked(out: Path, chain: Chain, processes: int) -> torch.Tensor:
-    """(Q, N) rows of the whole index; -1 where nothing is left."""
-    asked, searched = (lists.load(out / "lists", name) for name in (QUERY, INDEX))
-    if len(asked) * len(searched) > MOST:
+def own_rows(truth: GroundTruth) -> np.ndarray:
+    """(Q,) index row of each query's own image, which it is not to find; -1 for none."""
+    groups = [
+        query.groups.get("self", np.empty(0, np.int64)) for query in truth.queries
+    ]
+    return np.array([rows[0] if len(rows) else -1 for rows in groups], np.int64)
+
+
+def _reranked(
+    out: Path,
+    features: Sequence[Path],
+    chain: Chain,
+    processes: int,
+    own: np.ndarray,
+) -> torch.Tensor:
+    """(Q, N) rows of the whole index; -1 where nothing is left.
+
+    own: of `own_rows`; a query's own image takes part in nothing (kit.answers.leave_one_out).
+    """
+    shown = {name: lists.load(out / "lists", name) for name in (QUERY, INDEX)}
+    scene = Scenes(out / "features", shown[QUERY], shown[INDEX]).of(chain.models)
+    for folder in features[1:]:
+        scene, shown[INDEX] = _with_distractors(scene, shown[INDEX], out, folder)
+    # a table that changed shows other images, whose local features lie elsewhere
+    shown = {
+        n: replace(each, name=f"{n}-{each.hash[:16]}") for n, each in shown.items()
+    }
+    pictures = Pictures(out / "images", out / "features" / "local", shown, processes)
+    scene = replace(scene, pictures=pictures)
+    count = len(scene.models[0].of(INDEX))
+    if len(scene) * count > MOST:
         raise ValueError(
-            f"a chain would rank {len(searched):,} images for {len(asked):,} queries "
+            f"a chain would rank {count:,} images for {len(scene):,} queries "
             f"whole; more than {MOST:,} places do not fit, go without it"
         )
-    scenes = Scenes(
-        out / "features", asked, searched, data=out / "images", processes=processes
+    scores, rows = leave_one_out.rank(scene, replace(chain, k=count), own)
+    rows = rows.masked_fill(~torch.isfinite(scores), order.ABSENT)
+    asking = [model.query.readable() for model in scene.models]
+    rows[~torch.from_numpy(np.logical_and.reduce(asking))] = order.ABSENT
+    return rows
+
+
+def _with_distractors(
+    scene: Scene, searched: lists.ImageList, out: Path, features: Path
+) -> tuple[Scene, lists.ImageList]:
+    """The scene and its index with the images of `features` after the others."""
+    models = []
+    for model in scene.models:
+        more = store.load(features / model.name / INDEX)
+        models.append(replace(model, index=_joined(model.of(INDEX), more)))
+    beside = features.parent
+    _link(out / "images" / DISTRACTORS, beside / "images" / INDEX)
+    listed = lists.load(beside / "lists", INDEX)
+    paths = listed.rows["path"].str.replace(INDEX, DISTRACTORS, n=1, regex=False)
+    rows = [searched.rows, listed.rows.assign(path=paths)]
+    rows = pd.concat(rows, ignore_index=True).assign(id=models[0].of(INDEX).ids)
+    sha = files.fingerprint([searched.hash, listed.hash])
+    return (
+        replace(scene, models=tuple(models), found={}),
+        replace(searched, rows=rows, hash=sha),
     )
-    scores, rows = rank(scenes.of(chain.models), replace(chain, k=len(searched)))
-    return rows.masked_fill(~torch.isfinite(scores), order.ABSENT)
+
+
+def _joined(first: Features, second: Features) -> Features:
+    """Two stores of one model, one after the other, in memory; their images get new ids."""
+    if first.manifest["model"]["hash"] != second.manifest["model"]["hash"]:
+        name = first.manifest["model"]["name"]
+        raise ValueError(f"features of distractors are of other weights than {name}'s")
+    parts = [first, second]
+    vectors = np.concatenate([each.vectors for each in parts])
+    readable = np.concatenate([each.readable() for each in parts])
+    ids = np.char.mod("%016d", np.arange(len(vectors)))
+    manifest = first.manifest | {"unreadable": ids[~readable].tolist()}
+    return Features(ids, vectors, manifest)
 
 
 def _asking(query: Query, source: Path, folder: Path, number: int, whole: bool) -> str:
