@@ -11,7 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from kit import files
 from kit.answers import leave_one_out
-from kit.answers.metrics import extraction, places, protocol, revisited
+from kit.answers.metrics import extraction, places, protocol, results, revisited
 from kit.answers.metrics.extraction import Networks
 from kit.answers.metrics.ground_truth import GroundTruth, Query
 from kit.answers.pictures import Pictures
@@ -28,7 +28,8 @@ from kit.answers.retrieval import Scenes
 from kit.answers.scene import Scene
 from kit.data import crops, lists, sources
 from kit.data.readers import UnreadableImage
-from kit.features import store
+from kit.features import search, store
+from kit.features.search import Neighbours
 from kit.features.store import Features
 from kit.features.views import Views
 from kit.rerank import order
@@ -61,9 +62,14 @@ class Found:
 
     scores: Mapping[str, revisited.Score]
     protocol: protocol.Protocol
+    measured: results.Results | None = None  # of labelled pictures
+    written: Path | None = None  # metrics.json, and beside it what `results` writes
 
     def lines(self, name: str) -> list[str]:
-        """One a setup, and the protocol."""
+        """One line a measure or a setup, and the protocol."""
+        if self.measured is not None:
+            rows = [*self.measured.lines(name), f"written: {self.written}"]
+            return [*rows, f"measured with: {self.protocol}"]
         crop = self.protocol.queries.partition(" ")[2]
         rows = [f"{name} {s:8} {score}, {crop}" for s, score in self.scores.items()]
         return [*rows, f"measured with: {self.protocol}"]
@@ -144,14 +150,16 @@ def evaluate(
     rows = [(f"queries/{name}", QUERY) for name in asking]
     rows += [(f"index/{path}", INDEX) for path in benchmark.index]
     prepare(out, images, rows, networks, (QUERY, INDEX))
-    features, more = [out / "features"], 0
+    features, names, more = [out / "features"], list(benchmark.index), 0
     if distractors is not None:
         features.append(work / DISTRACTORS / "features")
-        found = pictures(distractors)
-        more = len(found)
-        rows = [(f"index/{path}", INDEX) for path in found]
+        others = pictures(distractors)
+        more = len(others)
+        rows = [(f"index/{path}", INDEX) for path in others]
         prepare(work / DISTRACTORS, distractors, rows, networks, (INDEX,))
-    placed = _placed(benchmark, out, features, plan, processes)
+        names += others
+    ranked = _ranked(benchmark, out, features, plan, processes)
+    placed = _placed(benchmark, features, plan, ranked)
     scores = {
         name: revisited.evaluate(placed, setup)
         for name, setup in benchmark.truth.setups.items()
@@ -163,7 +171,21 @@ def evaluate(
         crop=crop,
         distractors=more,
     )
-    return Found(scores, told)
+    if benchmark.truth.kind != "labels":
+        return Found(scores, told)
+    first = ranked[:, : results.PLACES]
+    measured = results.measure(
+        benchmark.asking,
+        _classes(benchmark.truth),
+        placed,
+        *benchmark.truth.setups.values(),
+        [[names[row] for row in rows if row >= 0] for rows in first.tolist()],
+    )
+    made = [step.name for step in plan.steps] or ["search"]
+    sha = files.fingerprint(asdict(told))[:8]  # another protocol, another folder
+    folder = out / "results" / "-".join([*made, sha])
+    path = results.write(measured, benchmark.name, told, folder)
+    return Found(scores, told, measured, path)
 
 
 def prepare(
@@ -191,19 +213,52 @@ def prepare(
         extraction.extracted(networks, folder, name, root, out / "features")
 
 
-def _placed(
+def _ranked(
     benchmark: Benchmark,
     out: Path,
     features: Sequence[Path],
     chain: Chain,
     processes: int,
+) -> torch.Tensor:
+    """Index rows of each query's ranking without its own image, best first; -1 for none.
+
+    (Q, N) of a chain; of search alone the first, where a set of labelled pictures tells them.
+    """
+    own = own_rows(benchmark.truth)
+    if chain.steps:
+        return _reranked(out, features, chain, processes, own)
+    if benchmark.truth.kind != "labels":
+        return torch.empty(len(own), 0, dtype=torch.long)
+    stores = [store.load(features[0] / name / QUERY) for name in chain.models]
+    lost = ~np.logical_and.reduce([each.readable() for each in stores])
+    found, first = [], 0
+    for folder in features:
+        parts = [store.load(folder / name / INDEX) for name in chain.models]
+        near = search.knn(
+            stores,
+            parts,
+            results.PLACES + 1,
+            weights=list(chain.models.values()),
+            skip=~np.logical_and.reduce([each.readable() for each in parts]),
+        )
+        found.append(
+            Neighbours(near.scores, near.rows.where(near.rows < 0, near.rows + first))
+        )
+        first += len(parts[0])
+    scores, rows = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    rows[rows == torch.from_numpy(own)[:, None]] = order.ABSENT
+    rows[torch.from_numpy(lost)] = order.ABSENT
+    _, rows = order.sort(scores.masked_fill(rows < 0, -torch.inf), rows)
+    return rows[:, : results.PLACES]
+
+
+def _placed(
+    benchmark: Benchmark, features: Sequence[Path], chain: Chain, ranked: torch.Tensor
 ) -> list[dict[str, np.ndarray]]:
     """Of each query the places of its groups' images."""
     groups = [query.groups for query in benchmark.truth.queries]
     marked = [np.concatenate(list(each.values())) for each in groups]
     if chain.steps:
-        own = own_rows(benchmark.truth)
-        ranked = _reranked(out, features, chain, processes, own)
         found = places.of_rankings(ranked, marked)
     else:
         queries = [store.load(features[0] / name / QUERY) for name in chain.models]
@@ -218,6 +273,17 @@ def _placed(
         )
         for each, at in zip(groups, found, strict=True)
     ]
+
+
+def _classes(truth: GroundTruth) -> list[str]:
+    """Labels; where the ground truth tells none, the first image of a query's class."""
+    found = []
+    for query in truth.queries:
+        rows = np.concatenate([query.groups["same"], query.groups["self"]])
+        found.append(
+            query.label or (truth.images[min(rows)] if len(rows) else query.image)
+        )
+    return found
 
 
 def own_rows(truth: GroundTruth) -> np.ndarray:
