@@ -57,7 +57,7 @@ def options() -> argparse.Namespace:
     add(
         "--pretrained",
         default="recipe",
-        help='what the first stage starts from: timm, lite0, a file, "" for random weights',
+        help='what the first stage starts from: timm, lite0 to lite2, a file, "" for random weights',
     )
     add(
         "--rerank",
