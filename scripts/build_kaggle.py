@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from kit.kaggle import answering, build, check, contents, manifest
 from kit.plan import Run
+from kit.text import printable
 from kit.training import recipes
 
 
@@ -100,6 +101,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"build_kaggle: {error}")
+        sys.exit(f"build_kaggle: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("build_kaggle: interrupted; nothing was built")

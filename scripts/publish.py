@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kit.kaggle import publish
 from kit.kaggle.client import KaggleError
+from kit.text import printable
 
 
 def main() -> None:
@@ -58,6 +59,6 @@ if __name__ == "__main__":
     try:
         main()
     except (KaggleError, ValueError, OSError) as error:
-        sys.exit(f"publish: {error}")
+        sys.exit(f"publish: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("publish: interrupted; the same command goes on from here")

@@ -7,6 +7,7 @@ DIR holds photos in GLDv2's layout: a commit sees all of test/ and index/, a rer
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kit.kaggle import rehearse
 from kit.kaggle.mounts import LAYOUTS
 from kit.kaggle.runtime import Mode
 from kit.kaggle.sandbox import Limits
+from kit.text import printable
 
 MODES = {"commit": [Mode.COMMIT], "rerun": [Mode.RERUN]}
 MODES["both"] = [*MODES["commit"], *MODES["rerun"]]
@@ -56,10 +58,19 @@ def main() -> None:
         sys.exit("\n".join(lines))
 
 
+def end(number: int, _: object) -> None:
+    """Ends as an interrupt does, cleaning up, with the status of the signal."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is signal.SIG_DFL:  # nohup ignores one
+            signal.signal(each, end)
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"rehearse: {error}")
+        sys.exit(f"rehearse: {printable(error)}")
     except KeyboardInterrupt:
-        sys.exit("rehearse: interrupted")
+        print("rehearse: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -8,7 +8,8 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +31,11 @@ class Fault:
     drop: bool = False  # closes the connection instead of answering
     done: bool = False  # does what was asked before the fault
     hang: threading.Event | None = None  # set when those bytes are here; then silence
+    silent: bool = False  # takes the request and never answers
+    cut: int | None = None  # bytes of the honest body that are sent; then silence, or
+    pause: float = 0.0  # seconds between all others, or
+    early: bool = False  # the end of the connection
+    said: int | None = None  # Content-Length of a body that comes as a chunk
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class Kaggle:
         # versions of each variation, by framework and slug, of each model
         self.models: dict[str, dict[tuple[str, str], list[dict[str, bytes]]]] = {}
         self.submissions: list[dict[str, Any]] = []
+        self.tokens: Iterator[str] | None = None  # of the next pages of every list
+        self.closed = threading.Event()
         self.lock = threading.Lock()
         self._blobs: dict[str, Blob] = {}
         self.dataset_states_of: dict[str, States] = {}
@@ -93,6 +101,7 @@ class Kaggle:
         threading.Thread(target=serve, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -123,9 +132,11 @@ class Kaggle:
 
     def answer(self, method: str, body: dict[str, Any]) -> dict[str, Any] | str:
         """The JSON of a request well understood; a string is where it redirects to."""
-        return getattr(self, f"_{re.sub(r'(?<!^)(?=[A-Z])', '_', method).lower()}")(
-            body
-        )
+        name = f"_{re.sub(r'(?<!^)(?=[A-Z])', '_', method).lower()}"
+        found = getattr(self, name)(body)
+        if self.tokens is not None and method.startswith("List"):
+            found["nextPageToken"] = next(self.tokens)
+        return found
 
     def put(self, token: str, content: bytes, span: str) -> tuple[int, dict[str, str]]:
         """Bytes of an upload, or a question how many are here (span `bytes */N`)."""
@@ -382,10 +393,17 @@ def _handler(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
             if partial and fault.hang:
                 fault.hang.set()
                 self.rfile.read(length - len(data))  # until the client is gone
+            if fault and fault.silent:
+                kaggle.closed.wait(60)
+                self.close_connection = True
+                return
+            bad = fault and (fault.cut is not None or fault.said is not None)
             answer = None
-            if fault is None or fault.done:
+            if fault is None or fault.done or bad:
                 answer = self._honest(method, path, body)
-            if fault is not None and fault.drop:
+            if bad:
+                self._send_badly(answer[1], fault)
+            elif fault is not None and fault.drop:
                 self.close_connection = True
                 self.connection.close()
             elif fault is not None and fault.status:
@@ -394,6 +412,29 @@ def _handler(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
                 self._send(fault.status, fault.body, fault.headers)
             elif answer is not None:
                 self._send(*answer)
+
+        def _send_badly(self, body: Any, fault: Fault) -> None:
+            plain = isinstance(body, bytes)
+            data = body if plain else json.dumps(body).encode()
+            said = len(data) if fault.said is None else fault.said
+            self.send_response(200)
+            self.send_header(
+                "Content-Type", "text/csv" if plain else "application/json"
+            )
+            self.send_header("Content-Length", str(said))
+            if fault.said is not None:
+                self.send_header("Transfer-Encoding", "chunked")
+                data = b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)
+            self.end_headers()
+            self.close_connection = True
+            with suppress(OSError):  # the client is gone
+                self.wfile.write(data[: fault.cut])
+                for byte in data[fault.cut :] if fault.pause else b"":
+                    if kaggle.closed.wait(fault.pause):
+                        return
+                    self.wfile.write(bytes([byte]))
+            if fault.cut is not None and not fault.early:
+                kaggle.closed.wait(60)
 
         def _honest(self, method: str, path: str, body: Any) -> tuple:
             with kaggle.lock:

@@ -13,7 +13,8 @@ import pandas as pd
 
 from kit import files
 from kit.data.id_forms import refuse_other_form
-from kit.data.tables import decode_label, encode_label, quoted, read_csv
+from kit.data.tables import decode_label, encode_label, read_csv
+from kit.text import quoted
 
 Table = pd.DataFrame
 PREDICTIONS = ["id", "landmark", "confidence"]  # columns of a table of them

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import kit
 from kit import checksums, files
-from kit.data.tables import quoted, refuse_damaged
+from kit.data.tables import refuse_damaged
+from kit.text import quoted
 
 COLUMNS = ("id", "reason", "of")
 DROPPED = "excluded: "  # what lists count them under, and the reason

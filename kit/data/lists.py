@@ -28,7 +28,8 @@ from kit import checksums, files
 from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
 from kit.data.sources import NONE_HELD_OUT, Facts
-from kit.data.tables import in_a_line, read_lines, read_solution
+from kit.data.tables import read_lines, read_solution
+from kit.text import in_a_line
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,13 @@ from kit.data import exclusions
 from kit.data.readers import open_reader
 from kit.data.tables import (
     encode_label,
-    in_a_line,
-    quoted,
     read_csv,
     read_recognition,
     read_solution,
     refuse_damaged,
     refuse_repeats,
 )
+from kit.text import in_a_line, quoted
 
 SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")

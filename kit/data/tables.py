@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kit import checksums
+from kit.text import in_a_line, quoted
 
 BLOCK = 1 << 18  # rows of a CSV read at a time
 UTF_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte order mark
@@ -126,19 +127,6 @@ def refuse_repeats(ids: pd.Series, source: Path) -> None:
     if len(repeated):
         first = in_a_line(repeated.iloc[0])
         raise ValueError(f"{source}: {first} stands there more than once")
-
-
-def quoted(what: object, most: int = 100) -> str:
-    """Something out of a file, in quotes, with what is invisible in it shown as an escape."""
-    text = repr(str(what))
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def in_a_line(what: object, most: int = 100) -> str:
-    """Something out of a file, for a message: no line ends, nothing unprintable, not too long."""
-    shown = (c if c.isprintable() else " " for c in str(what))
-    text = " ".join("".join(shown).split())
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _check_header(path: Path, columns: Sequence[str]) -> None:

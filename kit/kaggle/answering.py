@@ -156,6 +156,23 @@ class Recognition:
 
 
 TASKS = {RETRIEVAL: Retrieval, RECOGNITION: Recognition}
+# whose folders and columns the notebook knows
+COMPETITIONS = {
+    "landmark-retrieval-2021": RETRIEVAL,
+    "landmark-recognition-2021": RECOGNITION,
+}
+
+
+def check_competition(slug: str, task: str) -> None:
+    """Refuse a competition that the notebook cannot answer, or not with this task."""
+    if COMPETITIONS.get(slug) == task:
+        return
+    known = ", ".join(f"{name} ({kind})" for name, kind in COMPETITIONS.items())
+    raise ValueError(
+        f"competition {slug!r} is none of {task}; known: {known}. Another one needs an entry in "
+        "kit.kaggle.answering.COMPETITIONS, folders as theirs (test/ and index/ or train/ with "
+        "images as a/b/c/abc....jpg) and a sample_submission.csv with their columns"
+    )
 
 
 def task(name: str) -> type[Retrieval] | type[Recognition]:

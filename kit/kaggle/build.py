@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import config, files, pipeline
-from kit.kaggle import card, check, flat, manifest, wheels
+from kit.kaggle import answering, card, check, flat, manifest, wheels
 from kit.kaggle.answering import RETRIEVAL
 from kit.kaggle.contents import DISTRACTORS, KNOWN, REFERENCE, Contents, slug
 from kit.kaggle.runtime import PUBLIC_QUERIES
@@ -69,8 +69,10 @@ def build(
 ) -> Path:
     """Writes the build and checks it; an earlier build there is replaced at the end.
 
+    One build of `out` at a time: a hidden folder beside it is locked, and holds what is unfinished.
     checkout: folder of the kit's sources and the metadata templates.
     """
+    answering.check_competition(order.competition, contents.task)
     _refuse_others(out)
     templates = checkout / "datasets_meta" / "kaggle"
     shipped = {
@@ -82,34 +84,41 @@ def build(
     refs = [each["id"] for each in about.values()]
     kernel = _kernel(templates, order, notebook.name, refs)
     source = prepared(notebook, parameters(contents, order, refs))
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
-    try:
-        for folder, metadata in about.items():
-            files.write_json(part / folder / manifest.DATASET, metadata)
-        for folder, paths in shipped.items():
-            for name, path in paths.items():
-                flat.carry(path, part / folder / name)
-        wheels.make(checkout, part / "kit")
-        if order.wheels:
-            wheels.download(order.wheels, part / "wheels")
-        files.write_json(part / manifest.SUBMISSION / manifest.KERNEL, kernel)
-        files.write_json(part / manifest.SUBMISSION / notebook.name, source)
-        run = contents.run
-        card.folder(
-            run.runs,
-            run.recipe,
-            contents.models,
-            part / manifest.MODEL,
-            user=order.user,
-            name=f"{order.name}-embeddings",
-            gains=run.gains,
-        )
-        manifest.write(part, order.competition)
-        check.refuse(part)
-        _replace(part, out)
-    finally:
+    place = out.with_name(f".{out.name}.building")
+    part, old = place / "part", place / "old"
+    with files.lock(place):
+        _settle(old, out)  # of a build that was killed
+        _refuse_others(out)
         shutil.rmtree(part, ignore_errors=True)
+        try:
+            for folder, metadata in about.items():
+                files.write_json(part / folder / manifest.DATASET, metadata)
+            for folder, paths in shipped.items():
+                for name, path in paths.items():
+                    flat.carry(path, part / folder / name)
+            wheels.make(checkout, part / "kit")
+            if order.wheels:
+                wheels.download(order.wheels, part / "wheels")
+            files.write_json(part / manifest.SUBMISSION / manifest.KERNEL, kernel)
+            files.write_json(part / manifest.SUBMISSION / notebook.name, source)
+            run = contents.run
+            card.folder(
+                run.runs,
+                run.recipe,
+                contents.models,
+                part / manifest.MODEL,
+                user=order.user,
+                name=f"{order.name}-embeddings",
+                gains=run.gains,
+            )
+            manifest.write(part, order.competition)
+            check.refuse(part)
+            if out.exists():
+                out.rename(old)
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            _settle(old, out)
     return out
 
 
@@ -234,10 +243,9 @@ def _refuse_others(out: Path) -> None:
         ) from None
 
 
-def _replace(part: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def _settle(old: Path, out: Path) -> None:
+    """The earlier build is gone when there is another, and back when there is none."""
     if out.exists():
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(out)

@@ -21,7 +21,7 @@ PRIVATE_BYTES = 100_000_000_000  # of all private datasets of an account
 DATASET_FILES = 1000
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z")
 MACHINES = (
-    *("NvidiaTeslaT4", "NvidiaTeslaT4Highmem", "NvidiaL4", "NvidiaL4X1"),
+    *("NvidiaTeslaT4", "NvidiaL4", "NvidiaL4X1"),
     *("NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000"),
 )
 RETIRED = "NvidiaTeslaP100"  # Kaggle's torch has no kernels for it
@@ -174,8 +174,9 @@ def _folder(folder: Path, metadata: str = manifest.DATASET) -> list[str]:
         found.append(f"{len(there)} files, more than {DATASET_FILES}; split it")
     try:
         parts = manifest.read_parts(folder / manifest.PARTS)
-    except (OSError, ValueError):
-        return [*found, f"{manifest.PARTS} is missing or broken; build again"]
+    except (OSError, ValueError) as error:
+        words = f"{manifest.PARTS} is missing or broken"
+        return [*found, f"{words}; build again ({error})"]
     wanted = {p.name for p in there if p.is_file()} - own
     if {part.path for part in parts} != wanted:
         found.append(f"{manifest.PARTS} lists other files than there are; build again")

@@ -14,12 +14,13 @@ from typing import Any
 from kit import files
 from kit.kaggle import check, manifest
 from kit.kaggle.client import KaggleError
+from kit.kaggle.manifest import find_fault
 from kit.kaggle.server import Kernel, Server
 
 BUSY = "Maximum batch GPU session count"
 BUSY_WAIT = (30.0, 600.0)  # seconds between two pushes: the first, the longest
 BUSY_LIMIT = 13 * 3600.0  # a session ends after 12 h
-LOG_LINES = 20  # shown of the log of a kernel that failed
+LOG_LINES, LOG_LETTERS = 20, 500  # shown of the log of a kernel that failed
 MARK = "landmark_kit"  # key of the fingerprint in a pushed notebook's metadata
 
 
@@ -130,7 +131,7 @@ def run(server: Server, ref: str, version: int) -> None:
     _, log = server.kernel_output(ref, version)
     lines = [line for line in log.splitlines() if line.strip()]
     for line in lines[-LOG_LINES:]:
-        server.say(f"  {line}")
+        server.say(f"  {line[:LOG_LETTERS]}")
     cause = message or (lines[-1] if lines else "no message and no log")
     end = "ended in error" if state == "ERROR" else "was cancelled"
     say = f"kernel {ref}: version {version} {end}: {cause}"
@@ -140,14 +141,20 @@ def run(server: Server, ref: str, version: int) -> None:
 def fetch(server: Server, ref: str, version: int, output: Path) -> tuple[Path, ...]:
     """The kernel's output files, and its log, on this machine."""
     urls, log = server.kernel_output(ref, version)
-    paths = []
-    for name, url in urls.items():
+    log_path = output / f"{ref.partition('/')[2]}.log"
+    wrong = [f"{name!r} {fault}" for name in urls if (fault := find_fault(name))]
+    for name in urls if not wrong else ():
         path = output / name
         if not path.resolve().is_relative_to(output.resolve()):
-            raise KaggleError(f"kernel {ref}: output {name!r} would leave {output}")
-        paths.append(server.fetch(url, path))
-    text = server.redact(log)
-    paths.append(files.write_text(output / f"{ref.partition('/')[2]}.log", text))
+            wrong.append(f"{name!r} would leave {output}")
+        elif path == log_path:
+            wrong.append(f"{name!r} is the name of its log")
+        elif any(parent.as_posix() in urls for parent in Path(name).parents):
+            wrong.append(f"{name!r} lies in another file")
+    if wrong:
+        raise KaggleError(f"kernel {ref}: output {'; '.join(wrong)}")
+    paths = [server.fetch(url, output / name) for name, url in urls.items()]
+    paths.append(files.write_text(log_path, log))
     server.say(f"kernel {ref}: {len(paths)} files in {output}")
     return tuple(paths)
 

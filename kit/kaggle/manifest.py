@@ -15,16 +15,22 @@ dataset replaces all its files and none is carried over: what changes seldom is 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kit import files
+from kit.text import in_a_line
 
 MANIFEST, PARTS = "manifest.json", "parts.json"
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
 MODEL_METADATA, VARIATION = "model-metadata.json", "model-instance-metadata.json"
+HASH = re.compile(r"[0-9a-f]{64}")
+LETTERS = (
+    200  # bytes of a file's name: disks take 255, and a part of a download has more
+)
 SUBMISSION, MODEL = "submission", "model"
 
 
@@ -62,6 +68,20 @@ def read(build: Path) -> Manifest:
 def read_parts(path: Path) -> tuple[Part, ...]:
     """The parts that a dataset's parts.json lists; not itself, nor the metadata."""
     return _parts(_read(path), path)
+
+
+def find_fault(name: Any) -> str:
+    """Why a name from elsewhere cannot be a file inside a folder; "" where it can."""
+    if not isinstance(name, str):
+        return "is not text"
+    if not name.isprintable():
+        return "holds a letter that cannot be shown"
+    pieces = name.split("/")
+    if any(piece in ("", ".", "..") for piece in pieces):
+        return "is empty, absolute, or leads elsewhere"
+    if max(len(piece.encode()) for piece in pieces) > LETTERS:
+        return f"is longer than {LETTERS} bytes"
+    return ""
 
 
 def datasets(build: Path) -> list[Path]:
@@ -118,11 +138,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parts(value: dict[str, Any], path: Path) -> tuple[Part, ...]:
-    try:
-        parts = tuple(
-            Part(str(it["path"]), int(it["size"]), str(it["sha256"]))
-            for it in value["parts"]
-        )
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a list of parts") from None
-    return parts
+    listed = value.get("parts")
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: not a list of parts")  # noqa: TRY004 (of a file)
+    parts: dict[str, Part] = {}
+    for number, it in enumerate(listed, 1):
+        say = f"{path}: part {number}"
+        try:
+            part = Part(it["path"], it["size"], it["sha256"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{say}: has no path, size and sha256") from None
+        if fault := find_fault(part.path):
+            raise ValueError(f"{say}: path {in_a_line(repr(part.path))} {fault}")
+        if type(part.size) is not int or part.size < 0:
+            size = in_a_line(repr(part.size))
+            raise ValueError(f"{say}, {part.path}: size {size} is no number of bytes")
+        if not isinstance(part.sha256, str) or not HASH.fullmatch(part.sha256):
+            found = in_a_line(repr(part.sha256))
+            raise ValueError(f"{say}, {part.path}: sha256 {found} is no SHA-256")
+        if part.path in parts:
+            raise ValueError(f"{say}: path {part.path!r} stands there twice")
+        parts[part.path] = part
+    return tuple(parts.values())

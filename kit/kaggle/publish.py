@@ -14,6 +14,7 @@ from kit.kaggle import check, kernels, manifest, models
 from kit.kaggle.client import Clock, KaggleError
 from kit.kaggle.datasets import bring
 from kit.kaggle.server import Server
+from kit.kaggle.timeouts import Limits
 
 RESULT = "submission.csv"
 
@@ -40,6 +41,7 @@ def publish(
     submit: str = "",
     again: bool = False,
     clock: Clock | None = None,
+    limits: Limits | None = None,
     say: Callable[[str], None] = print,
 ) -> Published:
     """Brings a build to Kaggle as far as asked, and its kernel's output to `output`.
@@ -51,7 +53,7 @@ def publish(
     Raises ValueError for a build that Kaggle would refuse, KaggleError for all else.
     """
     check.refuse(build)
-    server = Server(clock or Clock(), say)
+    server = Server(clock or Clock(), say, limits)
     networks = models.bring(server, build) if model else {}
     if model and not (datasets or kernel or submit):
         return Published(models=networks)

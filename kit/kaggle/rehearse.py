@@ -1,11 +1,13 @@
 """A build and a folder of photos -> what its notebook does on Kaggle, tried in a sandbox."""
 
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from kit.kaggle.build import told
 from kit.kaggle.mounts import INDEX, QUERY, TRAIN
 from kit.kaggle.runtime import Mode
 from kit.kaggle.sandbox import Limits
+from kit.text import in_a_line, printable
 
+PREFIX = "kaggle-rehearsal-"  # of a run's folder, before the id of its process
 RESULT, EXECUTED = "submission.csv", "executed.ipynb"
 LINES = 15  # of an error that are shown
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -69,9 +73,13 @@ def rehearse(
     if not photos[QUERY]:
         raise FileNotFoundError(f"no images in {data / QUERY}/a/b/c")
     check = _check({name: [it.stem for it in found] for name, found in photos.items()})
-    with tempfile.TemporaryDirectory(
-        prefix="kaggle-", ignore_cleanup_errors=True
-    ) as folder:
+    sweep_folders()
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
+        ) as folder,
+        files.lock(Path(folder)),
+    ):
         root = Path(folder)
         mounts.fill(root / "input", build, kernel, photos, layout, task.form.columns)
         with sandbox.confined(
@@ -94,6 +102,19 @@ def rehearse(
             *(look.first, outcome.seconds, outcome.peak / 1e9),
             *(box.network, box.readonly, problem, error),
         )
+
+
+def sweep_folders() -> list[Path]:
+    """Remove the folders of rehearsals that were killed; those that run hold a lock."""
+    swept = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if not pid.isdigit() or Path("/proc", pid).exists():
+            continue
+        with suppress(OSError, RuntimeError), files.lock(folder, patience=0):
+            shutil.rmtree(folder)
+            swept.append(folder)
+    return swept
 
 
 def summary(run: Rehearsal) -> str:
@@ -179,7 +200,7 @@ def _check(ids: Mapping[str, list[str]]) -> Callable[[Path], str]:
             else:
                 submission.check_landmarks(path, ids[QUERY])
         except (OSError, ValueError) as error:
-            return " ".join(str(error).replace(str(path), RESULT).split())[:300]
+            return in_a_line(str(error).replace(str(path), RESULT), 300)
         return ""
 
     return fault
@@ -215,7 +236,7 @@ def _problem(
     """A line, and the last lines of the error behind it."""
     left = fault or f"{RESULT} is valid"
     if outcome.changed:
-        return f"input was changed: {outcome.changed}", ""
+        return f"input was changed: {in_a_line(outcome.changed)}", ""
     if killed:
         return (f"{outcome.ended}: {fault}" if fault else ""), ""
     if outcome.ended:
@@ -240,8 +261,8 @@ def _raised(notebook: Path) -> tuple[str, str]:
     for cell in cells:
         for each in cell.get("outputs", []):
             if each["output_type"] == "error":
-                text = COLOUR.sub("", "\n".join(each["traceback"]))
-                what = " ".join(f"{each['ename']}: {each['evalue']}".split())[:300]
+                text = printable(COLOUR.sub("", "\n".join(each["traceback"])))
+                what = in_a_line(f"{each['ename']}: {each['evalue']}", 300)
                 return what.removesuffix(":"), "\n".join(
                     text.rstrip().split("\n")[-LINES:]
                 )
@@ -251,5 +272,5 @@ def _raised(notebook: Path) -> tuple[str, str]:
 def _tail(log: Path) -> str:
     if not log.is_file():
         return ""
-    text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    text = printable(COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace")))
     return "\n".join(text.rstrip().split("\n")[-LINES:])

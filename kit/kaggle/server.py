@@ -1,11 +1,9 @@
 """What is asked of Kaggle: datasets, kernels, submissions; answers are read field by field."""
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from kit import files
@@ -13,7 +11,7 @@ from kit.kaggle import uploads
 from kit.kaggle.client import filled
 from kit.kaggle.variations import NOTES, Variations
 
-CHUNK = 1 << 20  # bytes of a download held at a time
+OUTPUT_BYTES = 20_000_000_000  # of /kaggle/working
 
 
 @dataclass(frozen=True)
@@ -48,38 +46,39 @@ class Server(Variations):
 
     def dataset_files(self, ref: str, version: int) -> dict[str, int]:
         """Bytes of every file of a version, by name."""
-        found, token = {}, None
-        while True:
-            page = self.ask(
-                f"dataset {ref}: its files",
-                lambda token=token: self.api.dataset_list_files(
-                    f"{ref}/{version}", page_token=token, page_size=200
+        doing, found = f"dataset {ref}: its files", {}
+
+        def ask(token: str) -> Any:
+            return self.ask(
+                doing,
+                lambda: self.api.dataset_list_files(
+                    f"{ref}/{version}", page_token=token or None, page_size=200
                 ),
             )
+
+        for page in self.pages(doing, ask):
             if page.error_message:
-                raise self.error(f"dataset {ref}: its files", page.error_message)
+                raise self.error(doing, page.error_message)
             found |= {it.name: it.total_bytes for it in page.dataset_files or []}
-            token = page.next_page_token
-            if not token:
-                return found
+        return found
 
     def dataset_file(self, ref: str, version: int, name: str) -> bytes | None:
         """The content of a small file of a version; None when it has none."""
-        with TemporaryDirectory() as folder:
-            got = self.ask(
-                f"dataset {ref}: {name}",
-                lambda: self.api.dataset_download_file(
-                    f"{ref}/{version}", name, path=folder, force=True
-                ),
-                absent=(403, 404),
-            )
-            if not got:
-                return None
-            (path,) = Path(folder).iterdir()
-            if zipfile.is_zipfile(path):  # Kaggle may pack a file on its way down
-                with zipfile.ZipFile(path) as packed:
-                    return packed.read(name)
-            return path.read_bytes()
+        from kagglesdk.datasets.types.dataset_api_service import (
+            ApiDownloadDatasetRequest,
+        )
+
+        owner, slug = ref.split("/")
+        request = filled(
+            ApiDownloadDatasetRequest(),
+            owner_slug=owner,
+            dataset_slug=slug,
+            dataset_version_number=version,
+            file_name=name,
+        )
+        path = "datasets.dataset_api_client.download_dataset"
+        how = {"read": self.receive_small, "absent": (403, 404)}
+        return self.call(f"dataset {ref}: {name}", path, request, **how)
 
     def create_dataset(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """A new private dataset from the files of a folder; all of them, or an error."""
@@ -188,8 +187,9 @@ class Server(Variations):
         )
 
         owner, slug = ref.split("/")
-        urls, log, token = {}, "", ""
-        while True:
+        doing, urls, log = f"kernel {ref}: output", {}, ""
+
+        def ask(token: str) -> Any:
             request = filled(
                 ApiListKernelSessionOutputRequest(),
                 user_name=owner,
@@ -199,22 +199,28 @@ class Server(Variations):
                 version_label=f"v{version}",
             )
             path = "kernels.kernels_api_client.list_kernel_session_output"
-            answer = self.call(f"kernel {ref}: output", path, request)
-            urls |= {it.file_name: it.url for it in answer.files or []}
-            log, token = log or answer.log or "", answer.next_page_token
-            if not token:
-                return urls, _plain_log(log)
+            return self.call(doing, path, request)
+
+        for page in self.pages(doing, ask):
+            log = log or page.log or ""
+            for it in page.files or []:
+                if it.file_name in urls:
+                    raise self.error(doing, f"{it.file_name!r} stands there twice")
+                urls[it.file_name] = it.url
+        return urls, self.redact(_plain_log(log))
 
     def fetch(self, url: str, path: Path) -> Path:
         """Downloads an output file; whole or not at all."""
 
         import requests
 
+        plain = {"Accept-Encoding": "identity"}
+
         def download() -> Path:
-            with requests.get(url, stream=True) as answer:
+            with requests.get(url, stream=True, headers=plain) as answer:
                 answer.raise_for_status()
                 with files.replacing(path) as part, part.open("wb") as out:
-                    for chunk in answer.iter_content(CHUNK):
+                    for chunk in self.receive(answer, OUTPUT_BYTES):
                         out.write(chunk)
             return path
 

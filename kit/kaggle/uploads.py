@@ -6,7 +6,7 @@ where another ended. Both are mended here, through what the client lets a caller
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kit import files
 from kit.kaggle import manifest
 from kit.kaggle.client import Client, KaggleError
 
-ROUNDS = 3  # the second resumes what is left, the third begins it anew
+ROUNDS = 3  # without anything new; the second resumes, the third begins anew
 
 
 class Incomplete(RuntimeError):
@@ -30,9 +30,10 @@ def uploaded(
     An error inside the block leaves the uploads to the next run. kind: DATASET or MODEL.
     """
     doing = f"{what}: upload"
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
     def send(once: Callable[[], None]) -> None:
-        client.ask(doing, once, tries=3)  # the client itself repeats what it can
+        client.ask(doing, once, size=size)
 
     try:
         with _uploaded(client.api, folder, send, client.say, kind) as parts:
@@ -56,24 +57,32 @@ def _uploaded(
     hashes = {part.path: part.sha256 for part in listed}
     hashes[manifest.PARTS] = files.sha256(folder / manifest.PARTS)
     with _context(hashes, say) as context:
-        for number in range(ROUNDS):
+        arrived: set[str] = set()
+        stuck = 0  # rounds in which nothing new arrived
+        while stuck < ROUNDS:
             request = _Request()
 
             def once(request: _Request = request) -> None:
                 request.files = []
                 blobs = ApiBlobType[kind]
-                api.upload_files(request, None, str(folder), blobs, context, quiet=True)
+                with suppress(ValueError):  # of a file that failed: newer clients stop
+                    api.upload_files(
+                        request, None, str(folder), blobs, context, quiet=True
+                    )
 
             send(once)
             if len(request.files) == len(hashes):
                 yield request.files
                 return
-            sent = context.seen
-            left = [it for it in sent.values() if not it.upload_complete]
-            for unfinished in left if number == ROUNDS - 2 else ():
-                unfinished.cleanup()
-        names = sorted(Path(it.path).name for it in left)
-        raise Incomplete(f"{', '.join(names)} did not arrive; nothing was made of it")
+            before = len(arrived)
+            for path, sent in context.seen.items():
+                if sent.upload_complete:
+                    arrived.add(Path(path).name)
+                elif stuck == ROUNDS - 2:
+                    sent.cleanup()
+            stuck = 0 if len(arrived) > before else stuck + 1
+        names = ", ".join(sorted(hashes.keys() - arrived))
+        raise Incomplete(f"{names} did not arrive; nothing was made of it")
 
 
 class _Request:

@@ -48,8 +48,9 @@ class Variations(Client):
 
     def variation_files(self, name: str, version: int) -> dict[str, int]:
         """Bytes of every file of a version, by name."""
-        found, token = {}, ""
-        while True:
+        doing, found = f"model {name}: its files", {}
+
+        def ask(token: str) -> Any:
             request = _of_models(
                 "ApiListModelInstanceVersionFilesRequest",
                 **_place(name),
@@ -57,12 +58,11 @@ class Variations(Client):
                 page_size=200,
                 page_token=token,
             )
-            method = "list_model_instance_version_files"
-            page = self._models(f"model {name}: its files", method, request)
+            return self._models(doing, "list_model_instance_version_files", request)
+
+        for page in self.pages(doing, ask):
             found |= {it.name: it.size for it in page.files or []}
-            token = page.next_page_token
-            if not token:
-                return found
+        return found
 
     def variation_file(self, name: str, version: int, path: str) -> bytes | None:
         """The content of a small file of a version; None when it has none."""
@@ -74,8 +74,8 @@ class Variations(Client):
         )
         method = "download_model_instance_version"
         doing = f"model {name}: {path}"
-        found = self._models(doing, method, request, absent=(403, 404))
-        return None if found is None else found.content
+        how = {"read": self.receive_small, "absent": (403, 404)}
+        return self._models(doing, method, request, **how)
 
     def create_variation(
         self, name: str, folder: Path, metadata: Mapping[str, Any]

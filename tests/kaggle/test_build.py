@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def assigned(cell):
 
 def test_a_build_is_one_that_kaggle_takes(built):
     assert check.problems(built) == []
-    assert [path.name for path in built.parent.iterdir() if path.name[0] == "."] == []
+    (place,) = (path for path in built.parent.iterdir() if path.name[0] == ".")
+    assert [path.name for path in place.iterdir()] == [".lock"]
 
 
 def test_every_dataset_holds_what_it_is_named_for(built, made):
@@ -616,6 +618,7 @@ def test_models_whose_datasets_would_be_one_are_refused(made):
         ({"name": "-toy"}, "'-toy' is not a slug"),
         ({"competition": "Landmarks"}, "'Landmarks' is not a slug"),
         ({"machine_shape": "NvidiaTeslaP100"}, "not one of NvidiaTeslaT4, "),
+        ({"machine_shape": "NvidiaTeslaT4Highmem"}, "not one of NvidiaTeslaT4, "),
         ({"hours": 0.0}, "0.0 hours are no time"),
         ({"hours": float("inf")}, "inf hours are no time"),
     ],
@@ -648,6 +651,53 @@ def test_a_placeholder_that_nobody_knows_is_refused(made, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    "slug", ["happy-whale-and-dolphin", "landmark-recognition-2021", "landmarks"]
+)
+def test_a_competition_of_other_folders_or_columns_is_refused(made, tmp_path, slug):
+    order = replace(ORDER, competition=slug)
+    with pytest.raises(ValueError) as told:
+        build.build(
+            tmp_path / "b", contents.find(made), order, ROOT, notebook(tmp_path)
+        )
+    for words in (
+        repr(slug),
+        "landmark-retrieval-2021 (retrieval)",
+        "test/ and index/",
+    ):
+        assert words in str(told.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_two_builds_of_one_folder_follow_each_other(made, tmp_path, monkeypatch):
+    out, found = tmp_path / "build", contents.find(made)
+    inside, most, make = [], [], build.wheels.make
+
+    def slow_make(*where):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.3)
+        make(*where)
+        inside.pop()
+
+    monkeypatch.setattr(build.wheels, "make", slow_make)
+    with ThreadPoolExecutor(2) as pool:
+        told = [found, ORDER, ROOT, notebook(tmp_path)]
+        for done in [pool.submit(build.build, out, *told) for _ in range(2)]:
+            assert done.result() == out
+    assert most == [1, 1] and check.problems(out) == []
+
+
+def test_a_build_killed_between_two_renames_gives_the_earlier_one_back(
+    built, made, tmp_path
+):
+    shutil.copytree(built, tmp_path / ".build.building" / "old")
+    lacking = replace(contents.find(made), models=("clean", "gone"))
+    with pytest.raises(OSError, match="gone"):
+        build.build(tmp_path / "build", lacking, ORDER, ROOT, notebook(tmp_path))
+    assert check.problems(tmp_path / "build") == []
+
+
 def test_another_folder_is_never_replaced(made, tmp_path):
     out = tmp_path / "mine"
     found = contents.find(made)
@@ -673,7 +723,8 @@ def test_an_earlier_build_is_replaced_only_by_a_whole_one(built, made, tmp_path)
     made_again = build.build(out, found, ORDER, ROOT, notebook(tmp_path))
     assert made_again == out and check.problems(out) == []
     assert not (out / "known-clean").exists()
-    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert [path.name for path in tmp_path.glob(".*")] == [".build.building"]
+    assert [path.name for path in (tmp_path / ".build.building").iterdir()] == [".lock"]
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from kit import checksums, files
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.rule import Kept
 from kit.data import tables
+from kit.text import in_a_line
 
 
 def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
@@ -69,7 +70,7 @@ def trusted(path: Path, given: Labelled) -> np.ndarray:
         first = listed.iloc[0].to_dict() if len(listed) else "no rows"
         raise ValueError(
             f"{path}: no image of list {given.images.name} stands there under its landmark; it "
-            f"has {tables.in_a_line(first)}, the list has image {rows['id'].iloc[0]!r} of landmark "
+            f"has {in_a_line(first)}, the list has image {rows['id'].iloc[0]!r} of landmark "
             f"{rows['landmark_id'].iloc[0]!r}"
         )
     return found

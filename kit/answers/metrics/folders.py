@@ -15,7 +15,8 @@ import pandas as pd
 
 from kit.answers.metrics.ground_truth import Box, GroundTruth, Query
 from kit.data import tars
-from kit.data.tables import in_a_line, read_csv
+from kit.data.tables import read_csv
+from kit.text import in_a_line
 
 BOX = ("x", "y", "w", "h")
 ASKS = {"0": (False, True), "": (False, True), "1": (True, False), "both": (True, True)}

@@ -29,7 +29,7 @@ from kit.data.download.official import Official, Tar
 from kit.data.download.order import Order, refuse
 from kit.data.download.transfer import Client, Failed
 from kit.data.readers import open_reader
-from kit.data.tables import in_a_line
+from kit.text import in_a_line
 
 log = logging.getLogger(__name__)
 
