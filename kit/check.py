@@ -34,6 +34,7 @@ SEALED = {
     "cleaning": ("manifest.json", "train_clean.json"),
     "hashes": ("manifest.json",),
 }
+NAMED = ("tars.json", "shards.json")  # wherever they lie; what describes a CSV, too
 SKIPPED = ("tensorboard",)
 
 
@@ -136,6 +137,7 @@ def _check_manifest(
     """A JSON file that may be one."""
     first = path.relative_to(work).parts[0]
     must = any(PurePath(path.name).match(form) for form in SEALED.get(first, ()))
+    must = must or path.name in NAMED or path.with_suffix(".csv").exists()
     if not must and f'"{checksums.SEAL}"'.encode() not in _tail(path):
         return
     about = _read(work, path, steps, report)
