@@ -148,7 +148,9 @@ def _check_header(path: Path, columns: Sequence[str]) -> None:
         start = file.read(1 << 16)
     for mark, encoding in UTF_MARKS.items():
         if start.startswith(mark):
-            raise ValueError(f"{path}: is {encoding} text; save it as UTF-8")
+            raise ValueError(
+                f"{path}: not a CSV file ({encoding} text; save it as UTF-8)"
+            )
     if b"\0" in start:
         raise ValueError(f"{path}: not a CSV file (it has NUL bytes)")
     text = start.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")

@@ -232,7 +232,10 @@ def test_columns_of_landmarks_may_have_other_names(path):
             "score 'nan' of query '0000000000012345'",
         ),
         (predicted((QUERIES[0], "7", -np.inf)), "score '-inf' of query"),
-        (predicted((QUERIES[0], "7 8", 1.0)), "not one landmark and its score"),
+        (
+            predicted((QUERIES[0], "7 8", 1.0)),
+            "answers '7 8', which no reference shows",
+        ),
     ],
 )
 def test_wrong_predictions_leave_the_old_file(path, made, words):
