@@ -34,6 +34,7 @@ SEALED = {
     "cleaning": ("manifest.json", "train_clean.json"),
     "hashes": ("manifest.json",),
 }
+NAMED = ("tars.json", "shards.json")  # wherever they lie; what describes a CSV, too
 SKIPPED = ("tensorboard",)
 
 
@@ -136,6 +137,7 @@ def _check_manifest(
     """A JSON file that may be one."""
     first = path.relative_to(work).parts[0]
     must = any(PurePath(path.name).match(form) for form in SEALED.get(first, ()))
+    must = must or path.name in NAMED or path.with_suffix(".csv").exists()
     if not must and f'"{checksums.SEAL}"'.encode() not in _tail(path):
         return
     about = _read(work, path, steps, report)
@@ -149,7 +151,8 @@ def _check_manifest(
     for name, checksum in about.get(checksums.CHECKSUMS, {}).items():
         _compare(work, path.parent / name, checksum, steps, report)
     arrays = {path.parent / name for name in ("ids.npy", "vectors.npy")}
-    if all(each.is_file() for each in arrays) and not arrays & report.problems.keys():
+    there = all(each.is_file() for each in arrays)
+    if "unreadable" in about and there and not arrays & report.problems.keys():
         _check_zeros(work, path, about, steps, report)
 
 
