@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,8 +246,12 @@ def print_gains(metric: str, path: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with launch.interruptible():
+            main()
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"run_pipeline: {error}")
-    except KeyboardInterrupt:
-        sys.exit("run_pipeline: interrupted; the same command goes on from here")
+    except launch.Interrupted as by:
+        with suppress(OSError):  # the terminal may be what went away
+            said = "the same command goes on from here"
+            print(f"run_pipeline: interrupted by {by}; {said}", file=sys.stderr)
+        launch.die_by(by.number)
