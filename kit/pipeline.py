@@ -79,7 +79,7 @@ def run(
     """
     folder = folder.absolute()  # papermill changes the working directory
     _check_chain(steps, folder)
-    forced = _forced([step.name for step in steps], force, start)
+    forced = pick_forced(steps, force, start)
     for step in steps:
         check_parameters(step)
     with files.lock(folder):
@@ -243,7 +243,9 @@ def _differing(
     )
 
 
-def _forced(names: list[str], force: Collection[str], start: str) -> set[str]:
+def pick_forced(steps: Sequence[Step], force: Collection[str], start: str) -> set[str]:
+    """The names of the steps to run again, see `run`; raises ValueError for one not there."""
+    names = [step.name for step in steps]
     for name in [*force, *([start] if start else [])]:
         if name not in names:
             raise ValueError(f"no step {name!r}; the steps are {', '.join(names)}")

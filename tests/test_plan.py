@@ -240,6 +240,7 @@ def script(run, monkeypatch):
     spec = importlib.util.spec_from_file_location("run_pipeline", COMMAND[1])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    run.data.mkdir()
 
     def main(*more):
         monkeypatch.setattr(sys, "argv", command(run, *more)[1:])
@@ -285,6 +286,7 @@ def test_the_list_of_steps_without_a_holdout_has_no_numbers(run, script, capsys)
 
 @pytest.mark.slow
 def test_a_command_that_is_stopped_says_so_and_is_no_failure(run):
+    run.data.mkdir()
     ended = done(run, "--recipe", "toy", "--stop-after", "0.001")
     assert ended.returncode == 0, ended.stderr
     last = "stopped as asked before 00_image_lists; the same command goes on"
