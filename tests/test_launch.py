@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -403,3 +404,22 @@ def test_a_long_cause_keeps_its_start_and_its_end():
 def test_a_cause_says_what_helps_where_that_is_known(text, option):
     assert name_cause(text).startswith(f"{text}; ") and option in name_cause(text)
     assert name_cause("ValueError: killed at sea") == "ValueError: killed at sea"
+
+
+def test_ranks_of_one_machine_talk_over_its_loopback_interface(monkeypatch):
+    launcher = import_module("kit.launch")  # `launch` is its function here
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert "GLOO_SOCKET_IFNAME" not in launcher._environment(2)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):
+    launcher = import_module("kit.launch")
+    assert launcher.count_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launcher.count_cores() == 6
+    assert launcher._environment(2)["OMP_NUM_THREADS"] == "3"

@@ -324,7 +324,8 @@ def test_what_a_user_gave_is_in_no_output_that_a_forced_step_removes(
 
 @pytest.fixture
 def beside(chain, folder):
-    """Two chains of one step that write the same file, and a function that changes it."""
+    """A chain of one step by its name; all write the same file, which an option decides."""
+    write_notebook(chain[0].notebook, "open(out, 'w').write(text)")
 
     def chain_of(name, decided, text="1"):
         parameters = chain[0].parameters | {"text": text}
@@ -343,7 +344,7 @@ def test_chains_share_an_output_that_the_same_options_decide(beside):
 def test_a_chain_alone_may_change_what_decides_an_output(beside, chain):
     pipeline.run(*beside("a", "x"))
     pipeline.run(*beside("a", "y", "2"))
-    assert written(chain)[0] == "12"
+    assert written(chain)[0] == "2"
 
 
 @pytest.mark.parametrize("changed", ["option", "input"])
@@ -630,3 +631,15 @@ def test_the_table_is_aligned():
         step            state    seconds  peak MB
         01_lists        done         3.2      180
         02_train_clean  missing        -        -""")
+
+
+def test_a_run_sweeps_the_work_folder_of_what_killed_runs_left(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [tmp_path / place for place in ("lists", "runs/toy/clean/resume")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / f".a.{files._machine()}-{ended.pid}-5.part").write_text("half")
+        (folder / "a").write_text("whole")
+    pipeline.run([], tmp_path / "pipeline-toy")
+    assert [[path.name for path in folder.iterdir()] for folder in left] == [["a"]] * 2
