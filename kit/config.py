@@ -162,3 +162,14 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def find_project_file(path: str | Path) -> Path:
+    """`path`, or where nothing is there, what it leads to from this project's notebooks.
+
+    So a notebook finds the project's tables from any working directory.
+    """
+    from_notebooks = Path(__file__).resolve().parents[1] / "notebooks" / path
+    if Path(path).exists() or not from_notebooks.exists():
+        return Path(path)
+    return from_notebooks

@@ -46,6 +46,8 @@ PATIENCE = 600.0  # seconds that nodes wait for each other
 HOLD = 3.0  # seconds an exception is held back, see `entry`
 ENDING = ((signal.SIGINT, 10), (signal.SIGTERM, 35), (signal.SIGKILL, 10))  # seconds
 
+LEAVE = 12  # seconds in which an interrupted process may end what it started
+
 STOP_AT = "KIT_STOP_AT"  # unix time, see `time_left`
 
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -178,6 +180,48 @@ def serve(folder: Path, processes: int, place: Place) -> None:
             )
         except (RankError, Stopped) as error:
             print(error, flush=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` in the block at the first SIGINT, SIGTERM or SIGHUP.
+
+    A second signal ends the process at once, and so does the first if the block has not
+    ended `LEAVE` seconds later. A shell's background job inherits that SIGINT is ignored:
+    it is taken here. What `nohup` set stays.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def interrupt(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, lambda *_: die_by(number))
+        signal.alarm(LEAVE)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_by(number: int) -> None:
+    """End this process by a signal, as a shell expects of one that was sent it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def time_left() -> float:

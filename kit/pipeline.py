@@ -17,6 +17,7 @@ from typing import Any
 
 from kit import __version__, checksums, files
 from kit.launch import Stopped, time_left
+from kit.nodes.agent import name_cause
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Step:
     outputs: tuple[Path, ...] = ()  # must exist when it ends; under FOLDER/..
     inputs: tuple[Path, ...] = ()  # files whose content decides the result
     machine: dict[str, Any] = field(default_factory=dict)  # parameters that do not
+    user_files: tuple[Path, ...] = ()  # files and folders that no output may hold
+    # What decides outputs that the chains beside FOLDER write, too. Such a step writes each
+    # file whole, so its outputs stay where they are until it has run again.
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,14 @@ def run(
     outputs before the first step runs, so a failure does not make the next run forget
     them. A forced step drags the steps after it along only if it writes other results;
     `start` does.
+
+    Raises ValueError where a chain beside `folder` has a step of the same name that was
+    done with another `shared`, for both write the same outputs; where that step is forced,
+    the other chain loses its marker instead, and RuntimeError tells that it is running.
     """
     folder = folder.absolute()  # papermill changes the working directory
     _check_chain(steps, folder)
-    forced = _forced([step.name for step in steps], force, start)
+    forced = pick_forced(steps, force, start)
     for step in steps:
         check_parameters(step)
     with files.lock(folder):
@@ -89,17 +98,18 @@ def run(
         fingerprints: dict[str, str] = {}
         for step in steps:
             fingerprints[step.name] = _fingerprint(step, fingerprints)
-            found = _status(step, folder, fingerprints[step.name])
-            if found.state == "done":
-                _refresh_marker(step.name, folder)
-                print(f"{step.name}: done already", flush=True)
-                continue
-            if found.why:
-                print(f"{step.name}: stale: {found.why}", flush=True)
-            if time_left() <= 0:
-                raise Stopped(_stopped("before", step))
-            _keep_changed(step, folder)
-            _run_step(step, folder, fingerprints[step.name])
+            with _only_writer(step, folder, step.name in forced):
+                found = _status(step, folder, fingerprints[step.name])
+                if found.state == "done":
+                    _refresh_marker(step.name, folder)
+                    print(f"{step.name}: done already", flush=True)
+                    continue
+                if found.why:
+                    print(f"{step.name}: stale: {found.why}", flush=True)
+                if time_left() <= 0:
+                    raise Stopped(_stopped("before", step))
+                _keep_changed(step, folder)
+                _run_step(step, folder, fingerprints[step.name])
 
 
 def status(steps: Sequence[Step], folder: Path) -> list[Status]:
@@ -196,15 +206,63 @@ def _check_chain(steps: Sequence[Step], folder: Path) -> None:
         raise ValueError(f"{folder}: put it into a folder of its own, not into {root}")
     kept = [folder, Path(__file__), *(step.notebook for step in steps)]
     for step in steps:
+        kept += [*step.inputs, *step.user_files]
+    for step in steps:
         for output in step.outputs:
             if root not in output.resolve().parents:
                 raise ValueError(f"{step.name}: output {output} is not under {root}")
             for path in kept:
                 if path.resolve().is_relative_to(output.resolve()):
-                    raise ValueError(f"{step.name}: output {output} holds {path}")
+                    raise ValueError(
+                        f"{step.name}: output {output} holds {path}; move that elsewhere"
+                    )
 
 
-def _forced(names: list[str], force: Collection[str], start: str) -> set[str]:
+@contextmanager
+def _only_writer(step: Step, folder: Path, forced: bool) -> Iterator[None]:
+    """Hold the outputs that `step` shares with the chains beside `folder`, see `run`."""
+    if not step.shared:
+        yield
+        return
+    with files.lock(folder.parent):
+        for marker in sorted(folder.parent.glob(f"*/{step.name}.done.json")):
+            other = marker.parent
+            made = _read_marker(step.name, other).get("shared")
+            differing = _differing(_origin(step), made)
+            if other == folder or not differing:
+                continue
+            if not forced:
+                raise ValueError(
+                    f"{step.name}: {other.name} made {step.outputs[0]} with other "
+                    f"{', '.join(differing)}; take the same, or another work folder, or "
+                    f"--from {step.name}, after which {other.name} cannot go on with them"
+                )
+            with files.lock(other, patience=0):
+                marker.unlink()
+        yield
+
+
+def _origin(step: Step) -> dict[str, Any]:
+    """What decides shared outputs, the content of files included."""
+    inputs = {str(path): files.sha256(path) for path in step.inputs if path.exists()}
+    return step.shared | inputs
+
+
+def _differing(
+    origin: dict[str, Any],
+    other: dict[str, Any] | None,  # None: not known
+) -> list[str]:
+    names = origin.keys() | (origin if other is None else other).keys()
+    return sorted(
+        name
+        for name in names
+        if other is not None and origin.get(name) != other.get(name)
+    )
+
+
+def pick_forced(steps: Sequence[Step], force: Collection[str], start: str) -> set[str]:
+    """The names of the steps to run again, see `run`; raises ValueError for one not there."""
+    names = [step.name for step in steps]
     for name in [*force, *([start] if start else [])]:
         if name not in names:
             raise ValueError(f"no step {name!r}; the steps are {', '.join(names)}")
@@ -357,7 +415,7 @@ def _keep_changed(step: Step, folder: Path) -> None:
 
 def _forget(step: Step, folder: Path) -> None:
     (folder / f"{step.name}.done.json").unlink(missing_ok=True)
-    for output in step.outputs:
+    for output in () if step.shared else step.outputs:
         if output.is_dir() and not output.is_symlink():
             shutil.rmtree(output)
         else:
@@ -403,6 +461,7 @@ def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
             "read": {name: _digest(done) for name, done in before.items() if done},
             "parameters": step.parameters,
             "machine": step.machine,
+            "shared": _origin(step) if step.shared else None,
             "seconds": round(seconds, 3),
             "peak_bytes": peak.bytes,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -425,6 +484,7 @@ def _execute(step: Step, output: Path) -> str:
                 _literal(output),
                 step.parameters | step.machine,
                 kernel_name="python3",
+                kernel_manager_class=_own_kernel(),
                 cwd=str(notebook.parent),
                 progress_bar=False,
                 log_output=False,
@@ -440,12 +500,24 @@ def _execute(step: Step, output: Path) -> str:
     except papermill.PapermillExecutionError as error:
         if error.ename == Stopped.__name__:
             raise Stopped(_stopped("at", step)) from None
-        return " ".join(f"{error.ename}: {error.evalue}".split())[:1000]
+        return name_cause(f"{error.ename}: {error.evalue}")
     except DeadKernelError:
-        return "the kernel was killed (out of memory?)"
+        return "the kernel was killed (out of memory?); fewer --workers need less"
     except (RuntimeError, TimeoutError) as error:  # no kernel came up, or it went mute
-        return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+        return name_cause(f"{type(error).__name__}: {error}")
     return ""
+
+
+def _own_kernel() -> type:
+    """A kernel manager for this interpreter, whatever kernel is installed as python3."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
+    return OwnKernel
 
 
 def _stopped(where: str, step: Step) -> str:

@@ -69,6 +69,11 @@ class Run:
         for name in self.rerank or ():
             if name not in NAMED:
                 build({"step": name})  # refuses a name that is not there
+        if self.layout == "folders" and self.work.is_relative_to(self.data):
+            raise ValueError(
+                f"work: {self.work} lies in {self.data}, whose folders are classes; "
+                "give a folder outside of it"
+            )
         for name in self.machine:
             if name not in MACHINE:
                 raise ValueError(
@@ -218,23 +223,26 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
     trained_on = dict.fromkeys(stage.images for stage, _ in run.stages.values())
     wanted = [*trained_on, QUERY, run.index, run.voters]
     wanted += [CLEANED] * bool(run.cleaning)
+    decided = {
+        "data": str(run.data),
+        "layout": run.layout,
+        "table": run.table,
+        "lists_folder": str(run.lists),
+        "continents": str(continents),
+        "index_ids": run.index_ids,
+        "clean": run.clean,
+        "exclusions": run.exclusions,
+    }
+    first = {"gld_v1_classes": recipes.get(run.recipe).gld_v1_classes}
     return Step(
         LISTS,
         notebooks / "00_image_lists.ipynb",
-        {
-            "data": str(run.data),
-            "layout": run.layout,
-            "table": run.table,
-            "lists_folder": str(run.lists),
-            "continents": str(continents),
-            "index_ids": run.index_ids,
-            "clean": run.clean,
-            "exclusions": run.exclusions,
-            "gld_v1_classes": recipes.get(run.recipe).gld_v1_classes,
-            "wanted": wanted + _truths(run),
-        },
+        decided | first | {"wanted": wanted + _truths(run)},
         outputs=(run.lists,),
         inputs=_inputs(run, continents),
+        user_files=(run.data, run.weights, run.weights / run.pretrained),
+        # recipes that want different ones of the same lists share them
+        shared=decided | (first if (run.data / "gld_v1").is_dir() else {}),
     )
 
 

@@ -124,6 +124,32 @@ def test_a_wrong_option_is_one_clear_line_and_starts_nothing(
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        *(["--data", "none"], ["--weights", "none"], ["--table", "none"]),
+        *(["--clean", "none"], ["--exclusions", "none"], ["--index-ids", "none"]),
+        *(["--from", "none"], ["--force", "none"]),
+        *(["--stop-after", "none"], ["--stop-after", "0"], ["--stop-after=-5m"]),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_names_nothing_is_refused_even_by_a_list(data, tmp_path, more):
+    done = run(data, tmp_path / "work", *more, "--list")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and more[-1].split("=")[-1] in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_work_folder_that_cannot_be_written_is_refused_by_name(data, tmp_path):
+    (tmp_path / "file").touch()
+    for work in (tmp_path / "file", tmp_path / "file" / "work", Path("/proc/work")):
+        done = run(data, work)
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 1
+        assert line.startswith(f"run_pipeline: --work {work}: no file can be made")
+
+
+@pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (

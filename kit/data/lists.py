@@ -161,8 +161,9 @@ def build(
         }
         counts[name] = _write(out / f"{name}.csv", blocks, about, sizes)
         log.info("list %-20s %9d rows", name, counts[name])
-    _remove_others(out, counts)
-    for name, table in _truths(facts).items():
+    answers = _truths(facts)
+    _remove_others(out, {*counts, *answers})
+    for name, table in answers.items():
         with (
             files.replacing(out / name) as temporary,
             temporary.open("w", encoding="utf-8", newline="") as file,
@@ -428,7 +429,7 @@ def _remove_others(out: Path, kept: Collection[str]) -> None:
         if about.stem not in kept and _is_ours(about):
             about.unlink()
             about.with_suffix(".csv").unlink(missing_ok=True)
-    for name in TRUTHS:
+    for name in {*TRUTHS} - {*kept}:
         (out / name).with_suffix(".json").unlink(missing_ok=True)
         (out / name).unlink(missing_ok=True)
 
