@@ -166,6 +166,8 @@ def evaluate(
     }
     boxes = any(query.box for query in benchmark.truth.queries)
     crop = protocol.CROPPED if boxes and not whole else protocol.WHOLE
+    if (own_rows(benchmark.truth) >= 0).any():
+        crop += ", own image left out"
     told = protocol.describe(
         *(out / "features", plan, QUERY, INDEX, benchmark.told, len(asking)),
         crop=crop,
