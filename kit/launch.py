@@ -20,6 +20,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,14 @@ def time_left() -> float:
         raise ValueError(f"{STOP_AT} is {text!r}, not a unix time") from None
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use; where the system does not say (macOS), all of them."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
 @contextmanager
 def group() -> Iterator[Rank]:
     """Joins the process group that torchrun's environment describes; alone without one.
@@ -246,7 +255,12 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def wrapper(arguments: Sequence[str] | None = None) -> None:
         if not _in_rank():
-            return main(arguments)
+            try:
+                return main(arguments)
+            except (OSError, ValueError, RuntimeError) as error:
+                if arguments is not None:  # of a caller in this process
+                    raise
+                sys.exit(str(error))
         from torch.distributed.elastic.multiprocessing.errors import record
 
         end_with(int(os.environ.get(AGENT, os.getppid())), signal.SIGKILL)
@@ -326,7 +340,7 @@ def _attempt(call: Call, processes: int, place: Place) -> None:
     run = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
     process = subprocess.Popen(
         _command(call, processes, place, run),
-        env=_environment(processes),
+        env=_environment(processes, alone=place.nodes == 1),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -387,8 +401,11 @@ def _without_torchrun() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _environment(processes: int) -> dict[str, str]:
-    """This process's environment, made ready for torchrun and `processes` ranks."""
+def _environment(processes: int, alone: bool = False) -> dict[str, str]:
+    """This process's environment, made ready for torchrun and `processes` ranks.
+
+    alone: on one machine; then gloo listens on the loopback interface only.
+    """
     own = Place().environment()  # a rank that launches does so alone
     values = {
         name: value
@@ -399,10 +416,13 @@ def _environment(processes: int) -> dict[str, str]:
     values["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     values["PYTHONUNBUFFERED"] = "1"
     # PyTorch would give every core to every rank, torchrun a single one to each.
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Ranks and their loaders share the cores: threads that wait sleep instead of spinning.
     values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    names = {name for _, name in socket.if_nameindex()} if alone else set()
+    if loopback := sorted(names & {"lo", "lo0"}):  # Linux, macOS
+        values.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     # On its way here each refresh of a progress bar becomes a line.
     values.setdefault("TQDM_MININTERVAL", "10")
     return values

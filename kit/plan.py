@@ -11,7 +11,7 @@ from kit.pipeline import Step
 from kit.rerank.chain import NAMED
 from kit.rerank.steps import build
 from kit.training import recipes
-from kit.training.job import MACHINE, Stage, change
+from kit.training.job import MACHINE, Job, Stage, change
 
 QUERY, INDEX = "query", "index"
 # lists that hold validation's own images, and what stands in for them
@@ -93,7 +93,12 @@ class Run:
             )
         if self.holdout and "images" not in changes and stage.images in HOLDOUTS:
             changes = changes | {"images": HOLDOUTS[stage.images]}
-        return change(stage, **changes), changes
+        changed = change(stage, **changes)
+        places = self.lists, self.data, self.runs
+        net = recipes.get(self.recipe).net
+        job = Job(changed, net, *places, self.workers, self.save_every, **self.machine)
+        job.check_parts(self.num_gpus)
+        return changed, changes
 
     @property
     def reranked(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ runs the notebooks, the others join what these launch. All need the same --work 
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -242,8 +243,11 @@ def report(run: plan.Run) -> None:
 
 def print_gains(metric: str, path: Path) -> None:
     print(f"\n{metric:28}  public  private")
-    for step, public, private, note in gain_table.read(path):
-        print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
+    for step, *halves, note in gain_table.read(path):
+        public, private = (
+            "     -" if math.isnan(half) else f"{half:6.4f}" for half in halves
+        )
+        print(f"{step:28}  {public}  {private}   {note}")
 
 
 if __name__ == "__main__":

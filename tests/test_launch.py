@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,3 +349,22 @@ def is_running(pid):
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"  # ended, and its parent did not look yet
+
+
+def test_ranks_of_one_machine_talk_over_its_loopback_interface(monkeypatch):
+    launcher = import_module("kit.launch")  # `launch` is its function here
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert "GLOO_SOCKET_IFNAME" not in launcher._environment(2)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):
+    launcher = import_module("kit.launch")
+    assert launcher.count_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launcher.count_cores() == 6
+    assert launcher._environment(2)["OMP_NUM_THREADS"] == "3"

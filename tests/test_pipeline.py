@@ -506,3 +506,15 @@ def test_the_table_is_aligned():
         step            state    seconds  peak MB
         01_lists        done         3.2      180
         02_train_clean  missing        -        -""")
+
+
+def test_a_run_sweeps_the_work_folder_of_what_killed_runs_left(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [tmp_path / place for place in ("lists", "runs/toy/clean/resume")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / f".a.{files._machine()}-{ended.pid}-5.part").write_text("half")
+        (folder / "a").write_text("whole")
+    pipeline.run([], tmp_path / "pipeline-toy")
+    assert [[path.name for path in folder.iterdir()] for folder in left] == [["a"]] * 2

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import config, files, launch
+from kit import checksums, config, files, launch
 from kit.data import lists, tars
 from kit.data.images import packed
 from kit.data.inputs import InputSpec
@@ -78,7 +78,12 @@ def untrained(net: nets.NetConfig, folder: Path) -> Path:
     """Saves the pretrained backbone, pooled and without a neck: where a recipe starts."""
     net = replace(net, neck="none")
     about = folder / "model.json"
-    if not about.exists() or nets.load(folder).config != net:
+    try:
+        whole = about.exists() and nets.load(folder).config == net
+    except checksums.Damaged as error:
+        log.warning("%s", error)
+        whole = False
+    if not whole:
         nets.save(nets.build(net), folder, seen={})
     return folder
 
@@ -245,9 +250,9 @@ def settle(job: Job) -> int:
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(config.read(Job, Path(path)))
+    run(job)
 
 
 if __name__ == "__main__":

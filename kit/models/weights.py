@@ -150,11 +150,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Path:
     """Writes a state dict as safetensors, whole or not at all."""
     plain = {key: value.detach().contiguous() for key, value in weights.items()}
-    with files.replacing(path) as temporary:
-        try:
-            save_file(plain, temporary)
-        except SafetensorError as error:
-            raise OSError(f"{path}: not written ({error}); is the disk full?") from None
+    size = sum(value.nbytes for value in plain.values())
+    with files.replacing(path, size, aside=True) as temporary:
+        save_file(plain, temporary)
     return path
 
 

@@ -4,12 +4,15 @@
 launcher's process id, a folder for this run's logs, a `Node` as JSON, and torchrun's flags.
 """
 
+import argparse
 import ctypes
 import json
 import os
 import signal
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +28,17 @@ FOLDER = "KIT_LAUNCH_FOLDER"  # of this run's logs
 
 def main(arguments: list[str]) -> None:
     """Runs torchrun; the exit status and CAUSE in FOLDER say how that ended."""
-    launcher, folder, node, *flags = arguments
+    parser = argparse.ArgumentParser(description="torchrun; kit.launch starts it.")
+    parser.add_argument("launcher", type=int, help="process that it ends with")
+    parser.add_argument("folder", help="of this run's logs")
+    parser.add_argument("node", type=json.loads, help="kit.nodes.peers.Node as JSON")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of torchrun")
+    given = parser.parse_args(arguments)
+    folder, flags = given.folder, given.flags
     # Popen's `preexec_fn` may deadlock where there are threads, as in a notebook kernel
-    end_with(int(launcher), signal.SIGTERM)
+    end_with(given.launcher, signal.SIGTERM)
     os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
-    where, run = Node(**json.loads(node)), Path(folder)
+    where, run = Node(**given.node), Path(folder)
     if where.nodes == 1:
         _alone(run, flags)
     else:
@@ -122,9 +131,18 @@ def end_with(parent: int, number: int) -> None:
     its own, so a signal to torchrun's group would not reach the ranks.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    else:  # as macOS: who looks twice a second has to do
+        threading.Thread(target=_watch, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), number)
+
+
+def _watch(parent: int, number: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from kit import checksums
 from kit.data import lists, sources, tables
 
 EVERY = [
@@ -338,7 +339,7 @@ def test_a_list_on_disk_comes_in_blocks_of_the_same_rows(gldv2, out, monkeypatch
             assert joined[column].tolist() == whole.rows[column].tolist()
     with (out / "full.csv").open("a") as file:
         file.write("another\n")
-    with pytest.raises(ValueError, match="not the file that full.json describes"):
+    with pytest.raises(ValueError, match="full.csv: damaged.*00_image_lists"):
         lists.find(out, "full")
 
 
@@ -639,7 +640,19 @@ def test_a_list_edited_by_hand_is_refused(gldv2, out):
     path.write_text(path.read_text().replace(",0,1,", ",1,1,", 1))
     with pytest.raises(ValueError) as error:
         lists.load(out, "clean")
-    assert f"{path} is not the file that clean.json" in refused(error, ValueError)
+    assert f"{path}: damaged" in refused(error, checksums.Damaged)
+
+
+@pytest.mark.parametrize("name", ["clean.json", "solution.csv", "solution.json"])
+def test_a_flipped_byte_is_refused_by_name(gldv2, out, name):
+    build(gldv2, out)
+    path = out / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(checksums.Damaged, match=rf"{name}: .*00_image_lists"):
+        lists.load(out, "clean")
+        tables.read_solution(out / "solution.csv")
 
 
 def test_facts_without_any_row_are_refused(gldv2, out):

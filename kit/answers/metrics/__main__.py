@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from kit.answers.metrics import (
     benchmark,
     definitions,
@@ -152,15 +154,22 @@ def _submission(given: argparse.Namespace) -> Iterator[str]:
     found: gap.Score | mean_ap.Score
     if "landmarks" in tables.read_csv(given.submission, ("id",), ("landmarks",)):
         found = gap.evaluate_file(*pair)
+        _refuse_no_query(found.queries, given.solution)
         yield str(found)
     else:
         found = mean_ap.evaluate_file(*pair)
+        _refuse_no_query(found.queries, given.solution)
         yield str(found)
         asked, ranked = mean_ap.answers(given.submission)
         solution = tables.read_solution(given.solution)
         yield definitions.show(definitions.evaluate(asked, ranked, solution))
     told = protocol.file(given.solution)
     yield f"measured with: ground truth {told}; queries {len(found.queries):,} whole"
+
+
+def _refuse_no_query(queries: pd.DataFrame, solution: Path) -> None:
+    if queries.empty:
+        raise ValueError(f"{solution}: no query counts, each of its rows is Ignored")
 
 
 def _gldv2(given: argparse.Namespace) -> Iterator[str]:

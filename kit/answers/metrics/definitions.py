@@ -4,6 +4,7 @@ All look at the same hits: which of a query's first places (100 for a submission
 Positives below them count as not found. A query without positives counts nowhere.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -126,10 +127,19 @@ def evaluate(
 def show(table: pd.DataFrame) -> str:
     """One line a definition."""
     lines = (
-        f"private {row.private:.4f}  public {row.public:.4f}  {row.definition}"
+        f"{show_halves(row.private, row.public)}  {row.definition}"
         for row in table.itertuples()
     )
     return "\n".join(lines)
+
+
+def show_halves(private: float, public: float) -> str:
+    """Both numbers; NaN is no result, but a half in which no query counts."""
+    halves = {"private": private, "public": public}
+    return "  ".join(
+        f"{name} (no query)" if math.isnan(value) else f"{name} {value:.4f}"
+        for name, value in halves.items()
+    )
 
 
 def _curve(hits: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

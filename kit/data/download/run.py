@@ -92,8 +92,8 @@ def _settle(order: Order, source: Official) -> None:
         files.write_json(path, order.settings)
     places = (order.out, order.home, order.metadata)
     for folder in (*places, *(p / split for p in places for split in order.splits)):
-        for left in folder.glob(".*.part"):
-            left.unlink()
+        files.sweep_parts(folder, deep=False)  # not into millions of images
+    files.sweep_parts(order.out / "train" / "country")
     if order.kind != "tars":
         for tar in filter(order.is_done, order.tars(source)):
             order.original(tar).unlink(missing_ok=True)

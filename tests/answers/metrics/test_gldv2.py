@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,26 @@ def test_a_missing_ground_truth_is_named(options, tmp_path, name):
         (tmp_path / other).write_text("id\n")
     with pytest.raises(FileNotFoundError, match=f"{name}: no ground truth"):
         list(evaluate(replace(options, data=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "other", "words"),
+    [
+        (gldv2.RETRIEVAL, "Public|Private", "Ignored", "no query counts"),
+        (gldv2.RECOGNITION, "Public|Private", "Ignored", "no query counts"),
+        (gldv2.RECOGNITION, r",\d+( \d+)*,", ",,", "no query counts"),
+        (gldv2.RETRIEVAL, r"(?<=[, ])([0-9a-f]{16})", r"\1.jpg", "jpg', is in list"),
+    ],
+)
+def test_a_ground_truth_that_nothing_can_score_by_must_be_refused_before_extraction(
+    options, tmp_path, monkeypatch, name, pattern, other, words
+):
+    data = shutil.copytree(options.data, tmp_path / "data")
+    path = data / name
+    path.write_text(re.sub(pattern, other, path.read_text()))
+    monkeypatch.setattr(extraction, "extracted", None)
+    with pytest.raises(ValueError, match=f"{name}: .*{words}"):
+        list(evaluate(replace(options, data=data, work=tmp_path / "work")))
 
 
 def test_a_list_that_the_data_does_not_give_is_named(options, tmp_path):
