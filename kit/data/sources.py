@@ -626,6 +626,11 @@ def _refuse_odd_name(root: Path, name: str) -> None:
         )
 
 
+def path_id(path: str) -> str:
+    """The id of an image that a table names by its path: sixteen digits of the path's hash."""
+    return hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
 def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     """path, label, group, split of every image -> facts; labels as they appear."""
     if table.empty:
@@ -639,8 +644,7 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     table = table.assign(path=paths)
     refuse_repeats(paths, source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
-    hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
-    table = table.assign(id=hashes)
+    table = table.assign(id=table["path"].map(path_id))
     train, index, query = (
         table[table["split"] == split].reset_index(drop=True) for split in SPLITS
     )

@@ -48,6 +48,10 @@ class Job:
     max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
     # lists whose stores, in <model>/<known>, already have some of the images
     known: tuple[str, ...] = ()
+    # folders like `features` whose stores, of the same weights and views, may have some, too
+    others: tuple[str, ...] = ()
+    # ids that stores of `known` and `others` have for the list's images; empty: the list's own
+    known_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         config.check(self, least={"batch": 1, "workers": 0, "max_unreadable": 0})
@@ -170,9 +174,30 @@ def _target(
     views = job.views.facts(spec)
     model = {"name": name, "hash": about["hash"]}
     stores = [job.features / name / other for other in job.known]
-    there = Known([load_known(path, about["hash"], views) for path in stores], ids)
+    found = [load_known(path, about["hash"], views) for path in stores]
+    found += _others(job, name, about["hash"], views)
+    called = np.array(job.known_as, "U16") if job.known_as else ids
+    if len(called) != len(ids):
+        raise ValueError(f"known_as has {len(called)} ids for {len(ids)} images")
+    there = Known(found, called)
     facts = {"model": model, "list": of, "seen": about["seen"]} | views
     return _Target(spec, about["dim"], facts, there)
+
+
+def _others(
+    job: Job, name: str, model_hash: str, views: dict[str, Any]
+) -> list[store.Features]:
+    """The complete stores of a model in `job.others`; those of other weights or views are not."""
+    found = []
+    for folder in job.others:
+        for manifest in sorted((Path(folder) / name).glob("*/manifest.json")):
+            if manifest.parent == job.store(name):
+                continue
+            try:
+                found.append(load_known(manifest.parent, model_hash, views))
+            except (ValueError, OSError):
+                continue
+    return found
 
 
 def _spec(about: dict[str, Any]) -> InputSpec:

@@ -149,14 +149,19 @@ def evaluate(
     ]
     rows = [(f"queries/{name}", QUERY) for name in asking]
     rows += [(f"index/{path}", INDEX) for path in benchmark.index]
-    prepare(out, images, rows, networks, (QUERY, INDEX))
+    pictures_of = {
+        f"queries/{name}": f"index/{path}"
+        for name, path in zip(asking, benchmark.asking, strict=True)
+        if "_whole" in name
+    }
+    prepare(out, images, rows, networks, (QUERY, INDEX), pictures_of)
     features, names, more = [out / "features"], list(benchmark.index), 0
     if distractors is not None:
         features.append(work / DISTRACTORS / "features")
         others = pictures(distractors)
         more = len(others)
         rows = [(f"index/{path}", INDEX) for path in others]
-        prepare(work / DISTRACTORS, distractors, rows, networks, (INDEX,))
+        prepare(work / DISTRACTORS, distractors, rows, networks, (INDEX,), {})
         names += others
     ranked = _ranked(benchmark, out, features, plan, processes)
     placed = _placed(benchmark, features, plan, ranked)
@@ -166,6 +171,8 @@ def evaluate(
     }
     boxes = any(query.box for query in benchmark.truth.queries)
     crop = protocol.CROPPED if boxes and not whole else protocol.WHOLE
+    if (own_rows(benchmark.truth) >= 0).any():
+        crop += ", own image left out"
     told = protocol.describe(
         *(out / "features", plan, QUERY, INDEX, benchmark.told, len(asking)),
         crop=crop,
@@ -194,8 +201,13 @@ def prepare(
     rows: Sequence[tuple[str, str]],  # path from <out>/images, query or index
     networks: Networks,
     wanted: Sequence[str],
+    pictures_of: Mapping[
+        str, str
+    ],  # of whole queries' paths: that of the same index image
 ) -> None:
-    """Lists of the rows, unless they are there, and features of them."""
+    """Lists of the rows, unless they are there, and features of them; a picture that a table of
+    the same folder has shown before is not extracted again.
+    """
     root, table, folder = out / "images", out / "images.csv", out / "lists"
     root.mkdir(parents=True, exist_ok=True)
     moved = _link(root / "index", images)
@@ -209,8 +221,26 @@ def prepare(
         part = files.write_text(out / "images.part.csv", text.getvalue())
         lists.build(sources.from_csv(part, root), root, folder, wanted=wanted)
         os.replace(part, table)
-    for name in wanted:
-        extraction.extracted(networks, folder, name, root, out / "features")
+    others = [out / "features", *_same_pictures(out, [path for path, _ in rows])]
+    for name in sorted(wanted):  # the index first: queries may be among its images
+        paths = lists.load(folder, name, ("id", "path")).rows["path"].tolist()
+        known_as = [sources.path_id(pictures_of.get(path, path)) for path in paths]
+        place = folder, name, root, out / "features"
+        extraction.extracted(networks, *place, others, known_as)
+
+
+def _same_pictures(out: Path, paths: Sequence[str]) -> list[Path]:
+    """Features of other tables of the same folder of pictures, made after all of `paths` were."""
+    folder = (out / "images" / INDEX).resolve()
+    stamps = [_stamp(out / "images" / path) for path in paths]
+    newest = max([0, *(stamp[1] for stamp in stamps if stamp)])
+    return [
+        table.parent / "features"
+        for table in sorted(out.parent.glob("*/images.csv"))
+        if table.parent != out
+        and (table.parent / "images" / INDEX).resolve() == folder
+        and table.stat().st_mtime_ns > newest
+    ]
 
 
 def _ranked(

@@ -105,7 +105,13 @@ def _folder(model: str, work: Path | None) -> Path:
 
 
 def extracted(
-    networks: Networks, lists: Path, images: str, data: Path, features: Path
+    networks: Networks,
+    lists: Path,
+    images: str,
+    data: Path,
+    features: Path,
+    others: Sequence[Path] = (),  # folders of features that may have some of the images
+    known_as: Sequence[str] = (),  # the ids that they have there
 ) -> None:
     """Features of the list `images` by every network, in <features>/<network>/<list>."""
     job = extract.Job(
@@ -118,6 +124,8 @@ def extracted(
         views=networks.views,
         batch=networks.batch,
         workers=networks.workers,
+        others=tuple(str(folder.resolve()) for folder in others),
+        known_as=tuple(known_as),
     )
     launch(
         "kit.features.extract",

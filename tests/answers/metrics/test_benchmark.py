@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -166,6 +167,40 @@ def test_a_second_evaluation_extracts_nothing(
     monkeypatch.setattr("kit.models.net.load", None)  # no network is needed
     same(evaluate(asked, pictures, tmp_path, looks), found.scores)
     assert table.stat().st_mtime_ns == before
+
+
+def test_a_picture_is_extracted_once_in_whatever_tables_it_stands(
+    pictures, tmp_path, looks, monkeypatch
+):
+    seen = []
+    decode = images.decode
+
+    def counted(data, path, *more):
+        seen.append(path)
+        return decode(data, path, *more)
+
+    monkeypatch.setattr(images, "decode", counted)
+    shown = [f"image_{n:06}.jpg" for n in (1, 2, 5, 7, 8, 10, 11)]
+
+    def scored(work, name, paths, query, folder=pictures):
+        table = tmp_path / f"{name}.csv"
+        rows = [f"{path},{n % 2},{query}" for n, path in enumerate(paths)]
+        table.write_text("\n".join(["path,label,query", *rows]))
+        asked = by_path(folders.read(table), "t", name)
+        seen.clear()
+        found = evaluate(asked, folder, tmp_path / work, looks)
+        return found.scores, len(seen)
+
+    assert scored("work", "first", shown[:5], "both")[1] == 5
+    again, count = scored("work", "second", shown, "both")
+    assert count == 2  # of seven
+    alone, count = scored("alone", "second", shown, "both")
+    assert count == 7
+    np.testing.assert_array_equal(again["all"].ap, alone["all"].ap)
+    copy = shutil.copytree(pictures, tmp_path / "copy")
+    assert scored("work", "third", shown[:5], "both", copy)[1] == 5  # other files
+    networks.picture(copy / shown[0], 77)
+    assert scored("work", "fourth", shown[:5], "both", copy)[1] == 5  # a changed one
 
 
 def test_another_folder_of_pictures_is_looked_at_anew(asked, pictures, tmp_path, looks):
