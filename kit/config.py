@@ -7,7 +7,7 @@ user changes any of them by name alone.
 import argparse
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -23,6 +23,7 @@ def check(
     *,
     least: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
+    below: Mapping[str, float] | None = None,
     choices: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuses a field of another type, a number that is not finite or out of its limits, an unknown choice.
@@ -38,6 +39,8 @@ def check(
             raise ValueError(f"{say}{name} is {value}, not at least {least[name]}")
         if most and name in most and not value <= most[name]:
             raise ValueError(f"{say}{name} is {value}, not at most {most[name]}")
+        if below and name in below and not value < below[name]:
+            raise ValueError(f"{say}{name} is {value}, not below {below[name]}")
         if choices and name in choices and value not in choices[name]:
             listed = ", ".join(choices[name])
             raise ValueError(f"{say}{name} {value!r} is not one of {listed}")
@@ -155,7 +158,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # not NaN, not a huge int
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return not isinstance(kind, type) or isinstance(value, kind)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.pipeline import Step
+from kit.rerank.chain import NAMED
 from kit.rerank.steps import build
 from kit.training import recipes
-from kit.training.job import MACHINE, Stage, change
+from kit.training.job import MACHINE, Job, Stage, change
 
 QUERY, INDEX = "query", "index"
 # lists that hold validation's own images, and what stands in for them
@@ -44,7 +45,8 @@ class Run:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     holdout: bool = True  # train on nothing that an offline number is measured on
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
-    rerank: tuple[str, ...] | None = None  # steps to tune, in their order; the recipe's
+    # steps to tune, in their order, and chains of chain.NAMED; the recipe's if None
+    rerank: tuple[str, ...] | None = None
     neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
     recognise: bool = False  # name landmarks, too
     cleaning: str = ""  # write a clean list, too, by one of CLEANING
@@ -65,7 +67,8 @@ class Run:
                 f"cleaning: {self.cleaning!r} is not one of {', '.join(CLEANING)}"
             )
         for name in self.rerank or ():
-            build({"step": name})  # refuses a name that is not there
+            if name not in NAMED:
+                build({"step": name})  # refuses a name that is not there
         for name in self.machine:
             if name not in MACHINE:
                 raise ValueError(
@@ -90,7 +93,12 @@ class Run:
             )
         if self.holdout and "images" not in changes and stage.images in HOLDOUTS:
             changes = changes | {"images": HOLDOUTS[stage.images]}
-        return change(stage, **changes), changes
+        changed = change(stage, **changes)
+        places = self.lists, self.data, self.runs
+        net = recipes.get(self.recipe).net
+        job = Job(changed, net, *places, self.workers, self.save_every, **self.machine)
+        job.check_parts(self.num_gpus)
+        return changed, changes
 
     @property
     def reranked(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ runs the notebooks, the others join what these launch. All need the same --work 
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -56,14 +57,16 @@ def options() -> argparse.Namespace:
     add(
         "--pretrained",
         default="recipe",
-        help='what the first stage starts from: timm, lite0, a file, "" for random weights',
+        help='what the first stage starts from: timm, lite0 to lite2, a file, "" for random weights',
     )
     add(
         "--rerank",
         nargs="*",
         metavar="STEP",
         help="steps to tune, in their order, instead of the recipe's own: "
-        + ", ".join(STEPS),
+        + ", ".join(STEPS)
+        + "; or chains of fixed parameters: "
+        + ", ".join(chain.NAMED),
     )
     add(
         "--neighbours",
@@ -240,8 +243,11 @@ def report(run: plan.Run) -> None:
 
 def print_gains(metric: str, path: Path) -> None:
     print(f"\n{metric:28}  public  private")
-    for step, public, private, note in gain_table.read(path):
-        print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
+    for step, *halves, note in gain_table.read(path):
+        public, private = (
+            "     -" if math.isnan(half) else f"{half:6.4f}" for half in halves
+        )
+        print(f"{step:28}  {public}  {private}   {note}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_folders_of_recipes_with_a_slash_lie_under_work(run):
 
 def test_the_machine_is_in_no_fingerprint(run):
     machine = {"num_gpus": 8, "workers": 6, "save_every": 7}
-    machine["machine"] = {"accumulate": 4, "channels_last": False}
+    machine["machine"] = {"accumulate": 2, "channels_last": False}
     step = by_name(replace(run, **machine))["02_train_c2x"]
     assert step.machine == machine
     assert {s.name: s.parameters for s in steps(run)} == {
@@ -167,6 +167,7 @@ def test_a_recipe_names_the_steps_that_are_tuned_unless_the_user_does(run):
 
     assert tuned(run) == ["landmark_country"]
     assert tuned(replace(run, rerank=("dba", "refine"))) == ["dba", "refine"]
+    assert tuned(replace(run, rerank=("small-places",))) == ["small-places"]
     assert tuned(replace(run, rerank=())) == []
     assert tuned(replace(run, recipe="glr2019/v19c")) == ["sort_insert"]
     with pytest.raises(ValueError, match="step 'debra' is not one of whitening, dba"):

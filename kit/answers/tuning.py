@@ -43,7 +43,7 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "diffusion": {"kd": (5, 50), "kq": (1, 20), "gamma": (1.0, 5.0)},
     "refine": {"neighbours": (1, 20), "beta": (0.0, 1.0)},
     "local": {
-        "top": (5, 50),
+        "top": (5, 100),  # on flat scores depth decides
         "weight": (0.0, 1.0),
         "most": (10, 100),
         "least_inliers": (0, 20),

@@ -36,6 +36,7 @@ TRUTHS = ("solution.csv", "recognition.csv")  # answers of the queries
 REPAIR = (
     "make it again: run 00_image_lists once more, --from 00_image_lists in the pipeline"
 )
+LARGEST_SOLUTION = 100_000_000  # bytes; all of GLDv2's has under one million
 BLOCK = 1 << 18  # rows read at a time where a list is not kept
 
 COLUMNS = {
@@ -131,6 +132,7 @@ def build(
             f"{data} gives no list {', '.join(missing)}; it gives {', '.join(sorted(made))}"
             + "".join(why)
         )
+    _refuse_large_solution(facts.solution, data)
     shapes = _sizes(tables, data) if sizes else None
     if "gld_v1" in tables:
         tables["gld_v1"], more = _first_generation(
@@ -160,13 +162,30 @@ def build(
         log.info("list %-20s %9d rows", name, counts[name])
     _remove_others(out, counts)
     for name, table in _truths(facts).items():
-        table = table.rename(columns={"usage": "Usage"})
-        with files.replacing(out / name) as temporary:
-            table.to_csv(temporary, index=False, lineterminator="\n")
+        with (
+            files.replacing(out / name) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):  # row by row: as one text, right answers of big classes would weigh gigabytes
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow([*table.columns[:-1], "Usage"])
+            lines.writerows(zip(*(table[c] for c in table), strict=True))
         about = {"checksums": checksums.compute_checksums(out, [name])}
         about |= {"rows": len(table), "kit": kit.__version__}
         checksums.write_manifest((out / name).with_suffix(".json"), about)
     return counts
+
+
+def _refuse_large_solution(solution: pd.DataFrame, data: Path) -> None:
+    """Raise ValueError where queries times right answers make a file of over LARGEST_SOLUTION bytes."""
+    lengths = solution["images"].str.len()
+    if lengths.sum() > LARGEST_SOLUTION:
+        most = len(solution["images"].iloc[int(lengths.argmax())].split())
+        raise ValueError(
+            f"{data}: solution.csv would have {lengths.sum() / 1e6:,.0f} MB, more than "
+            f"{LARGEST_SOLUTION / 1e6:,.0f}: {len(solution):,} queries, of up to {most:,} right "
+            "answers each; ask with fewer images of the large classes (folders query/ and index/, "
+            "or the column split of a table)"
+        )
 
 
 def _truths(facts: Facts) -> dict[str, pd.DataFrame]:

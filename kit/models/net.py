@@ -30,7 +30,9 @@ class NetConfig:
     """Everything that rebuilds a network before its weights are loaded."""
 
     backbone: str = "resnet50"  # a name that kit.models.backbones or timm knows
-    pretrained: str = ""  # "timm" (its hub), "lite0" (the package), a file; "": none
+    pretrained: str = (
+        ""  # "timm" (its hub), "lite0" to "lite2" (packages), a file; "": none
+    )
     stride: int = 0  # pixels a step of the last map stands for; 0: the backbone's own
     drop_path: float = 0.0  # largest rate of stochastic depth
     pool: str = "G"  # kit.models.pooling: "G", "G,G,G,G", "SMG,MG,G,G", "dolg", ...

@@ -46,6 +46,7 @@ def run(job: Job) -> Path:
     the environment grants, after it has saved where it was.
     """
     with launch.group() as rank:
+        job.check_parts(rank.world)
         images = lists.load(job.lists, job.stage.images, _columns(job))
         earlier = (
             nets.describe(job.runs / job.stage.init)["hash"] if job.stage.init else ""
@@ -140,11 +141,6 @@ class _Training:
             world=rank.world,
             step=self.done,
         )
-        if stage.batch // rank.world % job.accumulate:
-            raise ValueError(
-                f"a process's {stage.batch // rank.world} images a step do not split into "
-                f"{job.accumulate} parts"
-            )
 
     def _build(self) -> None:
         """Network, classifier and optimisers, filled by the earlier stage."""

@@ -41,7 +41,8 @@ def read(path: Path) -> GroundTruth:
         same = np.sort(members.get(row["label"], np.empty(0, np.int64)))
         own = rows[[at]] if searched[at] else np.empty(0, np.int64)
         groups = {"same": np.setdiff1d(same, own), "self": own}
-        queries.append(Query(row["path"], _box(row, at, path), groups))
+        box = _box(row, at, path)
+        queries.append(Query(row["path"], box, groups, row["label"]))
     return GroundTruth("labels", table.loc[searched, "path"].tolist(), queries)
 
 

@@ -32,6 +32,8 @@ class Score:
     queries: pd.DataFrame
 
     def __str__(self) -> str:
+        if not any_landmark(self.queries.rename(columns={"truth": "landmarks"})):
+            return "GAP is not defined: no query shows a landmark that is known"
         halves = (("private", self.private), ("public", self.public))
         return "  ".join(f"{half} GAP {show_score(score)}" for half, score in halves)
 
@@ -74,6 +76,16 @@ def evaluate(predictions: pd.DataFrame, solution: pd.DataFrame) -> Score:
     scores = [_half(queries, half) for half in HALVES]
     accuracy = {half: share for half, (_, share) in zip(HALVES, scores, strict=True)}
     return Score(scores[0][0], scores[1][0], accuracy, queries)
+
+
+def any_landmark(solution: pd.DataFrame, half: str = "") -> bool:
+    """Whether a query (of one half) of a table of `read_recognition` shows a landmark.
+
+    Without one, as where every class of the queries is held out of training, no prediction can be
+    right and GAP is not defined.
+    """
+    counts = solution["usage"].isin([half] if half else HALVES)
+    return bool((counts & (solution["landmarks"].str.strip() != "")).any())
 
 
 def coverage(score: Score, half: str) -> pd.DataFrame:

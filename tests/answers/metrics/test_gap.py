@@ -156,6 +156,24 @@ def test_gap_without_queries_that_show_a_landmark_is_not_a_number():
     assert gap.average(np.zeros(0), np.zeros(0, bool), 3) == 0
 
 
+@pytest.mark.parametrize(
+    ("truths", "halves"),
+    [
+        ({"a": {"1"}, "b": set()}, {"Public"}),
+        ({"a": set(), "b": {"1"}}, {"Private"}),
+        ({"a": set(), "b": set()}, set()),
+    ],
+)
+def test_a_half_whose_queries_show_no_landmark_must_have_no_gap(truths, halves):
+    solution = solution_of(truths, {"a": "Public", "b": "Private"})
+    score = gap.evaluate(table({"a": ("1", 0.5), "b": ("1", 0.2)}), solution)
+    for half, value in zip(gap.HALVES, (score.public, score.private), strict=True):
+        assert gap.any_landmark(solution, half) == (half in halves)
+        assert math.isnan(value) == (half not in halves)
+    assert gap.any_landmark(solution) == bool(halves)
+    assert ("not defined" in str(score)) == (not halves)
+
+
 def test_no_prediction_at_all_scores_nothing():
     truths = {"a": {"1"}}
     score = gap.evaluate(table({}), solution_of(truths, {"a": "Private"}))
