@@ -290,7 +290,7 @@ def _searched(facts: Facts, index_ids: Path) -> set[str]:
             f"{index_ids}: {in_a_line(min(strange))} is not an image of the index "
             f"({len(strange)} of {len(wanted)} are not; the index has such as {min(known)})"
         )
-    return set(wanted) | set(" ".join(facts.solution["images"]).split())
+    return set(wanted) | set(" ".join(facts.solution["images"].unique()).split())
 
 
 def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -299,18 +299,25 @@ def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
     One row a label; ignored queries have one row with -1.
     """
     solution = facts.solution.merge(facts.query, on="id", how="inner")
-    pairs = solution.assign(positive=solution["images"].str.split()).explode("positive")
-    pairs["label"] = pairs["positive"].map(facts.index.set_index("id")["label"])
-    asked = pairs["usage"] != "Ignored"
-    absent = asked & pairs["label"].isna()
-    pairs["label"] = pairs["label"].fillna(-1).astype(np.int64)
-    unknown = asked & ~absent & (pairs["label"] < 0)
-    kept = pairs[~asked | (pairs["label"] >= 0)].drop_duplicates(["id", "label"])
+    label_of = dict(zip(facts.index["id"], facts.index["label"], strict=True))
+    codes, texts = pd.factorize(
+        solution["images"]
+    )  # queries of a landmark share theirs
+    found = [[label_of.get(name) for name in text.split()] or [None] for text in texts]
+    absent = np.array([labels.count(None) for labels in found], dtype=np.int64)
+    unknown = np.array([labels.count(-1) for labels in found], dtype=np.int64)
+    known = [
+        [n for n in dict.fromkeys(labels) if n not in (None, -1)] for labels in found
+    ]
+    asked = (solution["usage"] != "Ignored").to_numpy()
+    labels = [known[c] if a else [-1] for c, a in zip(codes, asked, strict=True)]
+    kept = solution.assign(label=labels).explode("label").dropna(subset="label")
+    kept = kept.astype({"label": np.int64})
     lost = {
         "query that is not in the test list": len(facts.solution) - len(solution),
         "test image that is not in the solution": len(facts.query) - len(solution),
-        "positive that is not in the index": int(absent.sum()),
-        "positive of a place unknown to train": int(unknown.sum()),
+        "positive that is not in the index": int(absent[codes][asked].sum()),
+        "positive of a place unknown to train": int(unknown[codes][asked].sum()),
         "query without any label that train knows": len(solution)
         - kept["id"].nunique(),
     }

@@ -224,9 +224,9 @@ def official(
             notes["queries of the solution that test.csv lacks"] = _count_missing(
                 solution["id"], query["id"]
             )
-            truth = solution["images"].str.split().explode().dropna()
+            truth = set(" ".join(solution["images"].unique()).split())
             notes["right answers of the solution that index.csv lacks"] = (
-                _count_missing(truth, index["id"]) if len(index) else 0
+                len(truth.difference(index["id"])) if len(index) else 0
             )
         if (data / "test/recognition_solution_v2.1.csv").exists():
             recognition = read_recognition(data / "test/recognition_solution_v2.1.csv")
@@ -552,6 +552,12 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
         )
     found = []
     notes: Counter[str] = Counter()
+    above = [root / split for split in SPLITS] if split_up else [root]
+    notes["left out: photograph in no class folder"] = sum(
+        bool(PICTURE.search(p.name)) and not _is_leftover(p.name) and p.is_file()
+        for folder in above
+        for p in folder.iterdir()
+    )
     for number, folder in enumerate(folders):
         pictures = find_photographs(folder, notes)
         notes["left out: class without a photograph"] += not pictures

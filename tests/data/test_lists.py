@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -815,3 +816,75 @@ def test_both_truths_are_written_beside_the_lists(gldv2, out):
     path.unlink()
     build(gldv2, out)
     assert not (out / "recognition.csv").exists() and (out / "solution.csv").exists()
+
+
+def test_memory_must_be_linear_where_a_held_out_class_is_large(tmp_path):
+    def built(count):
+        """Peak of bytes, and of the file, for one held-out class of so many images."""
+        names = [f"c/{n}.jpg" for n in range(count)]
+        rows = [
+            (name, "c", "x", "query" if n % 4 == 0 else "index")
+            for n, name in enumerate(names)
+        ]
+        rows.append(("a/0.jpg", "a", "x", "train"))
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/0.jpg").touch()
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c/0.jpg").touch()
+        (tmp_path / "c/1.jpg").touch()
+        table = tmp_path / "t.csv"
+        pd.DataFrame(rows, columns=["path", "label", "group", "split"]).to_csv(
+            table, index=False
+        )
+        tracemalloc.start()
+        lists.build(
+            sources.from_csv(table, tmp_path), tmp_path, tmp_path / "lists", sizes=False
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, (tmp_path / "lists/solution.csv").stat().st_size
+
+    built(100)  # what is loaded once
+    (small, one), (large, other) = built(1000), built(3000)
+    assert other > 8 * one  # the file is quadratic
+    assert large < 4 * small
+
+
+def test_a_solution_of_a_size_that_nobody_can_read_must_be_refused(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lists, "LARGEST_SOLUTION", 100)
+    for name in [f"{c}/{n}.jpg" for c in "abc" for n in range(12)]:
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    with pytest.raises(ValueError, match="3 queries"):
+        lists.build(
+            sources.from_folders(tmp_path / "p"), tmp_path / "p", tmp_path / "lists"
+        )
+    assert not (tmp_path / "lists").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_classes_to_hold_one_out_must_be_said(tmp_path, count):
+    for c in "ab"[:count]:
+        (tmp_path / "p" / c).mkdir(parents=True)
+        (tmp_path / "p" / c / "0.jpg").touch()
+    facts = sources.from_folders(tmp_path / "p")
+    with pytest.raises(ValueError, match=f"held out.* {count}$"):
+        lists.build(facts, tmp_path / "p", tmp_path / "lists", wanted=["query"])
+
+
+def test_missing_images_must_be_counted_and_named(tmp_path):
+    for n in range(6):
+        (tmp_path / f"{n}.jpg").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").unlink()
+    text = "path,label\n" + "".join(f"{n}.jpg,c{n % 2}\n" for n in range(6))
+    (tmp_path / "t.csv").write_text(text)
+    lists.build(
+        sources.from_csv(tmp_path / "t.csv", tmp_path), tmp_path, tmp_path / "lists"
+    )
+    table = lists.describe(tmp_path / "lists").set_index("list")
+    assert table.loc["full", "missing or unreadable"] == 5
+    about = json.loads((tmp_path / "lists/full.json").read_text())
+    assert about["unreadable, such as"] == [f"{n}.jpg" for n in range(1, 6)]
