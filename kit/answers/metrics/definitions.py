@@ -4,14 +4,13 @@ All look at the same hits: which of a query's first places (100 for a submission
 Positives below them count as not found. A query without positives counts nowhere.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from kit.answers.metrics.gap import HALVES
-from kit.answers.metrics.mean_ap import average_precision, marked
+from kit.answers.metrics.mean_ap import average_precision, marked, show_score
 
 PLACES = (1, 5, 10, 20, 100)  # of CMC, precision and recall
 MEAN_PRECISION = (5,)
@@ -134,12 +133,8 @@ def show(table: pd.DataFrame) -> str:
 
 
 def show_halves(private: float, public: float) -> str:
-    """Both numbers; NaN is no result, but a half in which no query counts."""
-    halves = {"private": private, "public": public}
-    return "  ".join(
-        f"{name} (no query)" if math.isnan(value) else f"{name} {value:.4f}"
-        for name, value in halves.items()
-    )
+    """Both numbers, as `mean_ap.show_score` shows them."""
+    return f"private {show_score(private)}  public {show_score(public)}"
 
 
 def _curve(hits: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -6,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit import checksums
 from kit.answers.metrics import definitions, extraction, gap, gldv2, mean_ap
 from kit.answers.metrics.extraction import Networks
 from kit.answers.metrics.gldv2 import Options, evaluate
@@ -24,12 +26,17 @@ def data(tmp_path_factory):
     return toy.render(tmp_path_factory.mktemp("toy") / "data", config)
 
 
+def met(path, seen):
+    """Lets a stored network have met other lists."""
+    about = json.loads((path / "model.json").read_text())
+    checksums.write_manifest(path / "model.json", about | {"seen": seen})
+
+
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory):
     """An untrained network that has met no list."""
     (path,) = networks.saved(tmp_path_factory.mktemp("runs"), "bare")
-    about = path / "model.json"
-    about.write_text(about.read_text().replace(f'"{"f" * 64}": "clean"', ""))
+    met(path, {})
     return Networks(*extraction.networks([path]), Views(), workers=0, batch=16)
 
 
@@ -181,9 +188,7 @@ def test_lists_of_a_build_that_was_cut_short_are_built_again(options, tmp_path):
 
 def test_a_network_that_met_what_it_is_measured_on_is_refused(options, tmp_path, lines):
     (path,) = networks.saved(tmp_path, "leaky")
-    about = path / "model.json"
-    searched = lists.find(options.lists, "index").hash
-    about.write_text(about.read_text().replace(f"{'f' * 64}", searched))
+    met(path, {lists.find(options.lists, "index").hash: "clean"})
     looks = Networks(*extraction.networks([path]), workers=0)
     leaky = replace(options, networks=looks, reference="")
     with pytest.raises(ValueError, match="list clean holds .* validation queries"):
