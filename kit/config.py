@@ -4,9 +4,10 @@ A configuration may hold others (a stage its augmentation); no two fields in it 
 user changes any of them by name alone.
 """
 
+import argparse
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -22,6 +23,7 @@ def check(
     *,
     least: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
+    below: Mapping[str, float] | None = None,
     choices: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuses a field of another type, a number that is not finite or out of its limits, an unknown choice.
@@ -37,6 +39,8 @@ def check(
             raise ValueError(f"{say}{name} is {value}, not at least {least[name]}")
         if most and name in most and not value <= most[name]:
             raise ValueError(f"{say}{name} is {value}, not at most {most[name]}")
+        if below and name in below and not value < below[name]:
+            raise ValueError(f"{say}{name} is {value}, not below {below[name]}")
         if choices and name in choices and value not in choices[name]:
             listed = ", ".join(choices[name])
             raise ValueError(f"{say}{name} {value!r} is not one of {listed}")
@@ -48,6 +52,13 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
+    for field in dataclasses.fields(kind):
+        missing = dataclasses.MISSING
+        if (
+            field.name not in values
+            and field.default is field.default_factory is missing
+        ):
+            raise ValueError(f"{kind.__name__} lacks field {field.name!r}")
     return kind(**{name: _build(known[name], value) for name, value in values.items()})
 
 
@@ -61,7 +72,29 @@ def write(config: Any, path: Path) -> Path:
 
 
 def read(kind: type[Config], path: Path) -> Config:
-    return from_dict(kind, files.read_json(path))
+    values = files.read_json(path)
+    if type(values) is not dict:
+        raise ValueError(f"{path}: not the fields of a {kind.__name__}")
+    try:
+        return from_dict(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_argument(
+    kind: type[Config], arguments: Sequence[str] | None, about: str
+) -> Config:
+    """The configuration in the one JSON file that a command line names.
+
+    arguments: None for this process's. about: what `--help` says.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument(
+        "job",
+        type=Path,
+        help=f"JSON with the fields of {kind.__module__}.{kind.__name__}, as a step writes it",
+    )
+    return read(kind, parser.parse_args(arguments).job)
 
 
 def change(config: Config, **fields: Any) -> Config:
@@ -125,7 +158,18 @@ def _fits(value: Any, kind: Any) -> bool:
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # not NaN, not a huge int
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def find_project_file(path: str | Path) -> Path:
+    """`path`, or where nothing is there, what it leads to from this project's notebooks.
+
+    So a notebook finds the project's tables from any working directory.
+    """
+    from_notebooks = Path(__file__).resolve().parents[1] / "notebooks" / path
+    if Path(path).exists() or not from_notebooks.exists():
+        return Path(path)
+    return from_notebooks

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer gives up
 PATIENCE = 600.0  # seconds that nodes wait for each other
 HOLD = 3.0  # seconds an exception is held back, see `entry`
 ENDING = ((signal.SIGINT, 10), (signal.SIGTERM, 35), (signal.SIGKILL, 10))  # seconds
+
+LEAVE = 12  # seconds in which an interrupted process may end what it started
 
 STOP_AT = "KIT_STOP_AT"  # unix time, see `time_left`
 
@@ -179,6 +182,48 @@ def serve(folder: Path, processes: int, place: Place) -> None:
             print(error, flush=True)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` in the block at the first SIGINT, SIGTERM or SIGHUP.
+
+    A second signal ends the process at once, and so does the first if the block has not
+    ended `LEAVE` seconds later. A shell's background job inherits that SIGINT is ignored:
+    it is taken here. What `nohup` set stays.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def interrupt(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, lambda *_: die_by(number))
+        signal.alarm(LEAVE)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_by(number: int) -> None:
+    """End this process by a signal, as a shell expects of one that was sent it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def time_left() -> float:
     """Seconds until KIT_STOP_AT, a unix time; infinite without it.
 
@@ -190,6 +235,14 @@ def time_left() -> float:
         return float(text) - time.time() if text else math.inf
     except ValueError:
         raise ValueError(f"{STOP_AT} is {text!r}, not a unix time") from None
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use; where the system does not say (macOS), all of them."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
 @contextmanager
@@ -246,7 +299,12 @@ def entry(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def wrapper(arguments: Sequence[str] | None = None) -> None:
         if not _in_rank():
-            return main(arguments)
+            try:
+                return main(arguments)
+            except (OSError, ValueError, RuntimeError) as error:
+                if arguments is not None:  # of a caller in this process
+                    raise
+                sys.exit(str(error))
         from torch.distributed.elastic.multiprocessing.errors import record
 
         end_with(int(os.environ.get(AGENT, os.getppid())), signal.SIGKILL)
@@ -326,7 +384,7 @@ def _attempt(call: Call, processes: int, place: Place) -> None:
     run = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
     process = subprocess.Popen(
         _command(call, processes, place, run),
-        env=_environment(processes),
+        env=_environment(processes, alone=place.nodes == 1),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -387,8 +445,11 @@ def _without_torchrun() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _environment(processes: int) -> dict[str, str]:
-    """This process's environment, made ready for torchrun and `processes` ranks."""
+def _environment(processes: int, alone: bool = False) -> dict[str, str]:
+    """This process's environment, made ready for torchrun and `processes` ranks.
+
+    alone: on one machine; then gloo listens on the loopback interface only.
+    """
     own = Place().environment()  # a rank that launches does so alone
     values = {
         name: value
@@ -399,10 +460,13 @@ def _environment(processes: int) -> dict[str, str]:
     values["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     values["PYTHONUNBUFFERED"] = "1"
     # PyTorch would give every core to every rank, torchrun a single one to each.
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Ranks and their loaders share the cores: threads that wait sleep instead of spinning.
     values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    names = {name for _, name in socket.if_nameindex()} if alone else set()
+    if loopback := sorted(names & {"lo", "lo0"}):  # Linux, macOS
+        values.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     # On its way here each refresh of a progress bar becomes a line.
     values.setdefault("TQDM_MININTERVAL", "10")
     return values

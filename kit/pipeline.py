@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kit import __version__, files
+from kit import __version__, checksums, files
 from kit.launch import Stopped, time_left
+from kit.nodes.agent import name_cause
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Step:
     outputs: tuple[Path, ...] = ()  # must exist when it ends; under FOLDER/..
     inputs: tuple[Path, ...] = ()  # files whose content decides the result
     machine: dict[str, Any] = field(default_factory=dict)  # parameters that do not
+    user_files: tuple[Path, ...] = ()  # files and folders that no output may hold
+    # What decides outputs that the chains beside FOLDER write, too. Such a step writes each
+    # file whole, so its outputs stay where they are until it has run again.
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,12 @@ class Status:
     state: str  # done, stale (changed, or an output is gone), missing, or one of _LEFT
     seconds: float | None = None
     peak_bytes: int | None = None
+    why: str = ""  # it is stale
 
+
+# what a step leaves beside its results; a change of it makes nothing stale
+_LOOSE = {"job.json", "log.csv", "screen.json", "screen.npy", "tensorboard", "resume"}
+_FIELDS = ("fingerprint", "outputs", "read", "seconds", "peak_bytes")  # of a marker
 
 # a step that is not done, by the notebook it left behind: FOLDER/<name>.<suffix>.ipynb
 _LEFT = {"started": "running", "failed": "error", "stopped": "stopped"}
@@ -58,34 +68,48 @@ def run(
     """Runs, in order, the steps that are not done; all are checked before one starts.
 
     A step is done when its marker, FOLDER/<name>.done.json, holds its fingerprint (code
-    cells, parameters but those in `machine`, fingerprints of the steps in `after`) and its
-    outputs exist. A notebook that leaves early by `sys.exit(0)` is judged in the same way.
+    cells, parameters but those in `machine`, fingerprints of the steps in `after`), and what it
+    read and wrote is what the marker knows: by size, time and inode of every file, and by its
+    checksum where these differ. A changed file that is itself an output, such as chain.json, is
+    kept beside as NAME.changed. A notebook that leaves early by `sys.exit(0)` is judged in the same way.
 
     Raises `Stopped` when a notebook does, or when no time is left before a step: then the
     next run goes on from there.
 
     The steps in `force`, and `start` with every later one, lose their markers and
     outputs before the first step runs, so a failure does not make the next run forget
-    them. A forced step does not drag the steps after it along; `start` does.
+    them. A forced step drags the steps after it along only if it writes other results;
+    `start` does.
+
+    Raises ValueError where a chain beside `folder` has a step of the same name that was
+    done with another `shared`, for both write the same outputs; where that step is forced,
+    the other chain loses its marker instead, and RuntimeError tells that it is running.
     """
     folder = folder.absolute()  # papermill changes the working directory
     _check_chain(steps, folder)
-    forced = _forced([step.name for step in steps], force, start)
+    forced = pick_forced(steps, force, start)
     for step in steps:
         check_parameters(step)
     with files.lock(folder):
+        files.sweep_parts(folder.parent)  # the work folder, of runs that were killed
         for step in steps:
             if step.name in forced:
                 _forget(step, folder)
         fingerprints: dict[str, str] = {}
         for step in steps:
             fingerprints[step.name] = _fingerprint(step, fingerprints)
-            if _status(step, folder, fingerprints[step.name]).state == "done":
-                print(f"{step.name}: done already", flush=True)
-                continue
-            if time_left() <= 0:
-                raise Stopped(_stopped("before", step))
-            _run_step(step, folder, fingerprints[step.name])
+            with _only_writer(step, folder, step.name in forced):
+                found = _status(step, folder, fingerprints[step.name])
+                if found.state == "done":
+                    _refresh_marker(step.name, folder)
+                    print(f"{step.name}: done already", flush=True)
+                    continue
+                if found.why:
+                    print(f"{step.name}: stale: {found.why}", flush=True)
+                if time_left() <= 0:
+                    raise Stopped(_stopped("before", step))
+                _keep_changed(step, folder)
+                _run_step(step, folder, fingerprints[step.name])
 
 
 def status(steps: Sequence[Step], folder: Path) -> list[Status]:
@@ -107,9 +131,11 @@ def table(statuses: Sequence[Status]) -> str:
     name, state, seconds, peak = (
         max(map(len, text)) for text in zip(*rows, strict=True)
     )
-    return "\n".join(
+    lines = [
         f"{a:<{name}}  {b:<{state}}  {c:>{seconds}}  {d:>{peak}}" for a, b, c, d in rows
-    )
+    ]
+    lines += [f"{each.name} is stale: {each.why}" for each in statuses if each.why]
+    return "\n".join(lines)
 
 
 class Peak:
@@ -180,15 +206,63 @@ def _check_chain(steps: Sequence[Step], folder: Path) -> None:
         raise ValueError(f"{folder}: put it into a folder of its own, not into {root}")
     kept = [folder, Path(__file__), *(step.notebook for step in steps)]
     for step in steps:
+        kept += [*step.inputs, *step.user_files]
+    for step in steps:
         for output in step.outputs:
             if root not in output.resolve().parents:
                 raise ValueError(f"{step.name}: output {output} is not under {root}")
             for path in kept:
                 if path.resolve().is_relative_to(output.resolve()):
-                    raise ValueError(f"{step.name}: output {output} holds {path}")
+                    raise ValueError(
+                        f"{step.name}: output {output} holds {path}; move that elsewhere"
+                    )
 
 
-def _forced(names: list[str], force: Collection[str], start: str) -> set[str]:
+@contextmanager
+def _only_writer(step: Step, folder: Path, forced: bool) -> Iterator[None]:
+    """Hold the outputs that `step` shares with the chains beside `folder`, see `run`."""
+    if not step.shared:
+        yield
+        return
+    with files.lock(folder.parent):
+        for marker in sorted(folder.parent.glob(f"*/{step.name}.done.json")):
+            other = marker.parent
+            made = _read_marker(step.name, other).get("shared")
+            differing = _differing(_origin(step), made)
+            if other == folder or not differing:
+                continue
+            if not forced:
+                raise ValueError(
+                    f"{step.name}: {other.name} made {step.outputs[0]} with other "
+                    f"{', '.join(differing)}; take the same, or another work folder, or "
+                    f"--from {step.name}, after which {other.name} cannot go on with them"
+                )
+            with files.lock(other, patience=0):
+                marker.unlink()
+        yield
+
+
+def _origin(step: Step) -> dict[str, Any]:
+    """What decides shared outputs, the content of files included."""
+    inputs = {str(path): files.sha256(path) for path in step.inputs if path.exists()}
+    return step.shared | inputs
+
+
+def _differing(
+    origin: dict[str, Any],
+    other: dict[str, Any] | None,  # None: not known
+) -> list[str]:
+    names = origin.keys() | (origin if other is None else other).keys()
+    return sorted(
+        name
+        for name in names
+        if other is not None and origin.get(name) != other.get(name)
+    )
+
+
+def pick_forced(steps: Sequence[Step], force: Collection[str], start: str) -> set[str]:
+    """The names of the steps to run again, see `run`; raises ValueError for one not there."""
+    names = [step.name for step in steps]
     for name in [*force, *([start] if start else [])]:
         if name not in names:
             raise ValueError(f"no step {name!r}; the steps are {', '.join(names)}")
@@ -243,16 +317,105 @@ def _status(step: Step, folder: Path, fingerprint: str) -> Status:
             if (folder / f"{step.name}.{suffix}.ipynb").exists():
                 return Status(step.name, state)
         return Status(step.name, "missing")
-    done = files.read_json(marker)
-    same = done["fingerprint"] == fingerprint
-    whole = same and all(output.exists() for output in step.outputs)
-    state = "done" if whole else "stale"
-    return Status(step.name, state, done["seconds"], done["peak_bytes"])
+    done = _read_marker(step.name, folder)
+    if not done:
+        return Status(step.name, "stale", why=f"{marker} is damaged")
+    why = _why_stale(step, folder, fingerprint, done)
+    state = "stale" if why else "done"
+    return Status(step.name, state, done["seconds"], done["peak_bytes"], why)
+
+
+def _why_stale(step: Step, folder: Path, fingerprint: str, done: dict[str, Any]) -> str:
+    """Why a step is to be run again, "" if it is not."""
+    if done["fingerprint"] != fingerprint:
+        return "its code, parameters or inputs are not those it ran with"
+    gone = [str(output) for output in step.outputs if not output.exists()]
+    if gone:
+        return f"{gone[0]} is gone"
+    changed = _changed_files(done, folder)
+    if changed:
+        return f"{changed[0]} changed since {step.name} wrote it"
+    for name in step.after:
+        before = _read_marker(name, folder)
+        if before and done["read"].get(name) != _digest(before):
+            return f"{name} has other results than those that {step.name} read"
+    return ""
+
+
+def _read_marker(name: str, folder: Path) -> dict[str, Any]:
+    """The marker of a step; {} where there is none or a damaged one."""
+    return checksums.find_manifest(folder / f"{name}.done.json", _FIELDS)
+
+
+def _written_files(step: Step) -> list[Path]:
+    """The files of its outputs, but for what is hidden or read by nobody."""
+    found: set[Path] = set()
+    for output in step.outputs:
+        for path in output.rglob("*") if output.is_dir() else [output]:
+            parts = path.relative_to(output).parts
+            loose = any(part in _LOOSE or part.startswith(".") for part in parts)
+            if path.is_file() and not loose:
+                found.add(path.absolute())
+    return sorted(found)
+
+
+def _identities(paths: Iterable[Path], folder: Path) -> dict[str, list[Any]]:
+    """Size, time, inode and checksum of each file, by its path from the work folder."""
+    return {
+        os.path.relpath(path, folder.parent): [
+            *checksums.identify(path),
+            checksums.compute_checksum(path),
+        ]
+        for path in paths
+    }
+
+
+def _changed_files(done: dict[str, Any], folder: Path) -> list[str]:
+    """Outputs that are gone or not what the marker knows; read only where size or time differ."""
+    return [
+        name
+        for name, (*identity, checksum) in done.get("outputs", {}).items()
+        for path in [folder.parent / name]
+        if not path.is_file()
+        or (
+            checksums.identify(path) != identity
+            and checksums.compute_checksum(path) != checksum
+        )
+    ]
+
+
+def _digest(done: dict[str, Any]) -> str:
+    """Equal for equal results of a step."""
+    return files.fingerprint(
+        {name: known[-1] for name, known in done["outputs"].items()}
+    )
+
+
+def _refresh_marker(name: str, folder: Path) -> None:
+    """Times and inodes of the same files in a work folder that was copied, not to read them again."""
+    done = _read_marker(name, folder)
+    paths = [folder.parent / path for path in done["outputs"]]
+    if any(
+        checksums.identify(path) != known[:-1]
+        for path, known in zip(paths, done["outputs"].values(), strict=True)
+    ):
+        outputs = _identities(paths, folder)
+        checksums.write_manifest(
+            folder / f"{name}.done.json", done | {"outputs": outputs}
+        )
+
+
+def _keep_changed(step: Step, folder: Path) -> None:
+    """Puts aside what the step would write over: perhaps somebody changed it by hand."""
+    changed = _changed_files(_read_marker(step.name, folder), folder)
+    for output in step.outputs:
+        if os.path.relpath(output, folder.parent) in changed and output.is_file():
+            output.replace(output.with_name(f"{output.name}.changed"))
 
 
 def _forget(step: Step, folder: Path) -> None:
     (folder / f"{step.name}.done.json").unlink(missing_ok=True)
-    for output in step.outputs:
+    for output in () if step.shared else step.outputs:
         if output.is_dir() and not output.is_symlink():
             shutil.rmtree(output)
         else:
@@ -288,12 +451,17 @@ def _run_step(step: Step, folder: Path, fingerprint: str) -> None:
     finally:
         if running.exists():
             running.replace(kept)
-    files.write_json(
+    before = {name: _read_marker(name, folder) for name in step.after}
+    checksums.write_manifest(
         marker,
         {
             "fingerprint": fingerprint,
+            "outputs": _identities(_written_files(step), folder),
+            "notebook": _identities([folder / f"{step.name}.ipynb"], folder),
+            "read": {name: _digest(done) for name, done in before.items() if done},
             "parameters": step.parameters,
             "machine": step.machine,
+            "shared": _origin(step) if step.shared else None,
             "seconds": round(seconds, 3),
             "peak_bytes": peak.bytes,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -316,6 +484,7 @@ def _execute(step: Step, output: Path) -> str:
                 _literal(output),
                 step.parameters | step.machine,
                 kernel_name="python3",
+                kernel_manager_class=_own_kernel(),
                 cwd=str(notebook.parent),
                 progress_bar=False,
                 log_output=False,
@@ -331,12 +500,24 @@ def _execute(step: Step, output: Path) -> str:
     except papermill.PapermillExecutionError as error:
         if error.ename == Stopped.__name__:
             raise Stopped(_stopped("at", step)) from None
-        return " ".join(f"{error.ename}: {error.evalue}".split())[:1000]
+        return name_cause(f"{error.ename}: {error.evalue}")
     except DeadKernelError:
-        return "the kernel was killed (out of memory?)"
+        return "the kernel was killed (out of memory?); fewer --workers need less"
     except (RuntimeError, TimeoutError) as error:  # no kernel came up, or it went mute
-        return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+        return name_cause(f"{type(error).__name__}: {error}")
     return ""
+
+
+def _own_kernel() -> type:
+    """A kernel manager for this interpreter, whatever kernel is installed as python3."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
+    return OwnKernel
 
 
 def _stopped(where: str, step: Step) -> str:

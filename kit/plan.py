@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.pipeline import Step
+from kit.rerank.chain import NAMED
 from kit.rerank.steps import build
 from kit.training import recipes
-from kit.training.job import MACHINE, Stage, change
+from kit.training.job import MACHINE, Job, Stage, change
 
 QUERY, INDEX = "query", "index"
 # lists that hold validation's own images, and what stands in for them
@@ -44,7 +45,8 @@ class Run:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     holdout: bool = True  # train on nothing that an offline number is measured on
     machine: dict[str, Any] = field(default_factory=dict)  # of job.MACHINE
-    rerank: tuple[str, ...] | None = None  # steps to tune, in their order; the recipe's
+    # steps to tune, in their order, and chains of chain.NAMED; the recipe's if None
+    rerank: tuple[str, ...] | None = None
     neighbours: int = 0  # of each index and reference image, kept in graphs; 0: none
     recognise: bool = False  # name landmarks, too
     cleaning: str = ""  # write a clean list, too, by one of CLEANING
@@ -65,7 +67,13 @@ class Run:
                 f"cleaning: {self.cleaning!r} is not one of {', '.join(CLEANING)}"
             )
         for name in self.rerank or ():
-            build({"step": name})  # refuses a name that is not there
+            if name not in NAMED:
+                build({"step": name})  # refuses a name that is not there
+        if self.layout == "folders" and self.work.is_relative_to(self.data):
+            raise ValueError(
+                f"work: {self.work} lies in {self.data}, whose folders are classes; "
+                "give a folder outside of it"
+            )
         for name in self.machine:
             if name not in MACHINE:
                 raise ValueError(
@@ -90,7 +98,12 @@ class Run:
             )
         if self.holdout and "images" not in changes and stage.images in HOLDOUTS:
             changes = changes | {"images": HOLDOUTS[stage.images]}
-        return change(stage, **changes), changes
+        changed = change(stage, **changes)
+        places = self.lists, self.data, self.runs
+        net = recipes.get(self.recipe).net
+        job = Job(changed, net, *places, self.workers, self.save_every, **self.machine)
+        job.check_parts(self.num_gpus)
+        return changed, changes
 
     @property
     def reranked(self) -> tuple[str, ...]:
@@ -210,23 +223,26 @@ def _lists(run: Run, notebooks: Path, continents: Path) -> Step:
     trained_on = dict.fromkeys(stage.images for stage, _ in run.stages.values())
     wanted = [*trained_on, QUERY, run.index, run.voters]
     wanted += [CLEANED] * bool(run.cleaning)
+    decided = {
+        "data": str(run.data),
+        "layout": run.layout,
+        "table": run.table,
+        "lists_folder": str(run.lists),
+        "continents": str(continents),
+        "index_ids": run.index_ids,
+        "clean": run.clean,
+        "exclusions": run.exclusions,
+    }
+    first = {"gld_v1_classes": recipes.get(run.recipe).gld_v1_classes}
     return Step(
         LISTS,
         notebooks / "00_image_lists.ipynb",
-        {
-            "data": str(run.data),
-            "layout": run.layout,
-            "table": run.table,
-            "lists_folder": str(run.lists),
-            "continents": str(continents),
-            "index_ids": run.index_ids,
-            "clean": run.clean,
-            "exclusions": run.exclusions,
-            "gld_v1_classes": recipes.get(run.recipe).gld_v1_classes,
-            "wanted": wanted + _truths(run),
-        },
+        decided | first | {"wanted": wanted + _truths(run)},
         outputs=(run.lists,),
         inputs=_inputs(run, continents),
+        user_files=(run.data, run.weights, run.weights / run.pretrained),
+        # recipes that want different ones of the same lists share them
+        shared=decided | (first if (run.data / "gld_v1").is_dir() else {}),
     )
 
 

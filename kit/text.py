@@ -14,3 +14,9 @@ def printable(what: object) -> str:
     bidirectional overrides instead of showing them.
     """
     return "".join(c if c.isprintable() or c == "\n" else " " for c in str(what))
+
+
+def quoted(what: object, most: int = 100) -> str:
+    """Something out of a file, in quotes, with what is invisible in it shown as an escape."""
+    text = repr(str(what))
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kit import config, files, launch
-from kit.answers import leaks
+from kit.answers import leaks, tuning
 from kit.answers.trial import STOPPED, Search, Trial
 from kit.data import lists, tables
 from kit.models import net as nets
@@ -152,8 +152,7 @@ def _prepare(search: Search, found: Sequence[Point]) -> None:
     names = sorted({search.query, search.index, *trained})
     named = {name: lists.load(job.lists, name, ("id",)) for name in names}
     solution = job.lists / "solution.csv"
-    if not (tables.read_solution(solution)["usage"] == "Public").any():
-        raise ValueError(f"{solution} has no public query to choose a trial by")
+    tuning.refuse_empty_half(tables.read_solution(solution), solution)
     seen = {named[name].hash: name for name in trained}
     for about in earlier.values():
         seen |= about["seen"]
@@ -223,7 +222,7 @@ def _start(trial: Trial, claim: ExitStack, devices: str, gpus: int) -> _Running:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
     }
-    cores = len(os.sched_getaffinity(0))
+    cores = launch.count_cores()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see kit.launch
     with (trial.folder / "trial.log").open("ab") as log:

@@ -4,6 +4,7 @@ The tables have the official counts, random ids and a long tail of landmarks. Th
 cut into lists in a process of their own, without images and sizes.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -155,4 +156,7 @@ def build(data: Path, out: Path) -> None:
 ROWS = (build_rows,)
 
 if __name__ == "__main__":
-    build(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    build(**vars(parser.parse_args()))

@@ -11,11 +11,15 @@ Every parameter is chosen on the public half of packages; trained features are r
 private half, untrained ones on landmarks, each landmark counting the same. `published` is a step
 with its defaults, `tuned` with what was chosen, `chain` what forward selection found, `pair` a
 tuned verified expansion and then a tuned local verification: which pair is best is seen on the
-reported photos.
+reported photos. `small-places` is the chain of that name, with nothing tuned.
+
+The chain of each row is written to KIT_CHAINS (work/chains) as a chain.json that
+`kit.answers.metrics --chain` and the notebooks read; the row names its file.
 """
 
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +28,7 @@ from typing import Any
 
 from bench import ROOT, Bench, Row
 
+from kit import files
 from kit.answers import tuning
 from kit.answers.metrics import mean_ap, protocol
 from kit.answers.metrics.protocol import Protocol
@@ -31,6 +36,7 @@ from kit.answers.retrieval import Scenes
 from kit.data import lists, sources, tables
 from kit.features import extract
 from kit.features.views import Views
+from kit.rerank import chain as chains
 from kit.rerank import steps
 from kit.rerank.chain import Chain
 from kit.rerank.steps import STEPS, Step
@@ -40,6 +46,7 @@ SIDE, TRIALS, LEAST = 320, 24, 0.001  # pixels; for each step; gain that a step 
 LONGEST, WIDEST = 4, 8  # steps of a chain, and those it is made of
 VERIFIED = 20  # images of a shortlist that are verified; published: 100, in minutes
 GOALS = {"packages": 0.03, "landmarks": 0.06}  # gain of the best chain over search
+CHAINS = Path(os.environ.get("KIT_CHAINS") or ROOT / "work" / "chains")
 LABELLED = ("landmark_country", "soft_labels", "same_label", "sort_insert") + (
     "category",
     "category_expansion",
@@ -161,6 +168,12 @@ def _table(
         told = "; ".join(map(str, chain.steps))
         yield _told(bench, f"{title}: chain{about} {told}", reported, *chain.steps)
         best.append(reported.gain(replace(chain, models=reported.search.models)).mean)
+    named = chains.NAMED["small-places"]
+    try:
+        yield _told(bench, f"{title}: small-places", reported, *named)
+        best.append(reported.gain(replace(reported.search, steps=named)).mean)
+    except ModuleNotFoundError as error:
+        yield bench.missing(f"{title}: small-places", str(error))
     for pair in _pairs(tuned):
         told = "; ".join(map(str, pair))
         yield _told(bench, f"{title}: pair {told}", reported, *pair)
@@ -169,9 +182,14 @@ def _table(
 
 
 def _told(bench: Bench, name: str, photos: Photos, *chosen: Step) -> Row:
+    """A row, and the file of its chain, named for the row as far as a file's name may be."""
     chain = replace(photos.search, steps=chosen)
     gain = photos.gain(chain)
-    return bench.told(name, mAP=f"{photos.value(chain):.4f}", gain=str(gain))
+    short = re.sub("[^0-9A-Za-z]+", "-", name)[:60].strip("-")
+    made = files.fingerprint([step.to_dict() for step in chosen])[:8]
+    path = chains.save(chain, CHAINS / f"{short}-{made}.json")
+    mean = f"{photos.value(chain):.4f}"
+    return bench.told(name, mAP=mean, gain=str(gain), chain=str(path))
 
 
 def _selected(

@@ -5,7 +5,6 @@ LANDMARK_DATA. Its two last models get references of random vectors; the build i
 sandbox that ends it above 3 GB.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from bench import ROOT, Bench, Row
 
-from kit import files
+from kit import checksums, files
 from kit.data import lists
 from kit.features import store
 from kit.kaggle import build, contents
@@ -89,7 +88,8 @@ def _list(run: Run, number: int) -> lists.ImageList:
             name = f"{row:016x}"
             file.write(f"{name},train/{name}.jpg,{label},{label},1,FR,Europe,-1,-1\n")
     about = {"name": VOTERS, "rows": number, "hash": files.sha256(path), "kit": "0"}
-    path.with_suffix(".json").write_text(json.dumps(about))
+    about["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), about)
     return lists.load(run.lists, VOTERS, ("id",))
 
 
@@ -97,7 +97,9 @@ def _features(folder: Path, images: lists.ImageList, about: dict) -> None:
     facts = {
         name: value
         for name, value in about.items()
-        if name not in ("complete", "unreadable", "kit", "rows", "dim", "block")
+        if name
+        not in ("complete", "unreadable", "kit", "rows", "dim", "block")
+        + ("checksums", "seal")
     } | {"list": {"name": images.name, "hash": images.hash}}
     store.create(folder, images.ids, about["dim"], BLOCK, facts)
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", mode="r+")

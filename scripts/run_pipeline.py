@@ -6,14 +6,17 @@ runs the notebooks, the others join what these launch. All need the same --work 
 
 import argparse
 import json
+import math
 import os
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+WEIGHTS = ROOT / "weights"
 FILES = ("table", "index_ids", "clean", "exclusions")  # options that name one
 
 from kit import launch, pipeline, plan
@@ -50,20 +53,22 @@ def options() -> argparse.Namespace:
     add(
         "--weights",
         type=Path,
-        default=ROOT / "weights",
+        default=WEIGHTS,
         help="released ImageNet weights",
     )
     add(
         "--pretrained",
         default="recipe",
-        help='what the first stage starts from: timm, lite0, a file, "" for random weights',
+        help='what the first stage starts from: timm, lite0 to lite2, a file, "" for random weights',
     )
     add(
         "--rerank",
         nargs="*",
         metavar="STEP",
         help="steps to tune, in their order, instead of the recipe's own: "
-        + ", ".join(STEPS),
+        + ", ".join(STEPS)
+        + "; or chains of fixed parameters: "
+        + ", ".join(chain.NAMED),
     )
     add(
         "--neighbours",
@@ -157,8 +162,38 @@ def overrides(texts: list[str]) -> dict[str, dict[str, object]]:
     return found
 
 
+def refuse_missing(given: argparse.Namespace) -> None:
+    """Raise OSError for an option that names nothing that is there."""
+    folders = {"data": given.data}
+    if given.weights != WEIGHTS:
+        folders["weights"] = given.weights
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise NotADirectoryError(f"--{name} {path}: there is no such folder")
+    for name in FILES:
+        path = getattr(given, name)
+        if path and not Path(path).is_file():
+            option = name.replace("_", "-")
+            raise FileNotFoundError(f"--{option} {path}: there is no such file")
+
+
+def refuse_unwritable(work: Path) -> None:
+    """Raise OSError for a work folder in which no file can be made."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--work {work}: no file can be made there ({error.strerror}); "
+            "give a folder that you may write to"
+        ) from None
+
+
 def main() -> None:
     given = options()
+    refuse_missing(given)
+    limit = plan.seconds(given.stop_after) if given.stop_after else 0.0
     run = plan.Run(
         given.recipe,
         given.data.resolve(),
@@ -181,22 +216,26 @@ def main() -> None:
     steps = plan.steps(
         run, ROOT / "notebooks", ROOT / "datasets_meta" / "continents.csv"
     )
+    pipeline.pick_forced(steps, given.force, given.start)  # refuses unknown names
     if given.list:
         print(pipeline.table(pipeline.status(steps, run.folder)))
     elif given.node_rank:
         place = launch.Place(given.nodes, given.node_rank, given.rendezvous)
         launch.serve(run.calls, given.gpus, place)
     else:
-        lead(given, run, steps)
+        lead(given, run, steps, limit)
 
 
-def lead(given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step]) -> None:
-    """What node 0 does, or the only one."""
+def lead(
+    given: argparse.Namespace, run: plan.Run, steps: list[pipeline.Step], limit: float
+) -> None:
+    """What node 0 does, or the only one. limit: seconds until it stops, 0 for none."""
     place = launch.Place(given.nodes, 0, given.rendezvous, given.max_restarts)
+    refuse_unwritable(run.work)
     several = given.nodes > 1
     os.environ |= place.environment(run.calls if several else None)
-    if given.stop_after:
-        os.environ[launch.STOP_AT] = str(time.time() + plan.seconds(given.stop_after))
+    if limit:
+        os.environ[launch.STOP_AT] = str(time.time() + limit)
     if given.everything:
         print(
             "trains on everything: no step 04, 05 or 07, for no offline number is honest"
@@ -240,14 +279,21 @@ def report(run: plan.Run) -> None:
 
 def print_gains(metric: str, path: Path) -> None:
     print(f"\n{metric:28}  public  private")
-    for step, public, private, note in gain_table.read(path):
-        print(f"{step:28}  {public:.4f}  {private:.4f}   {note}")
+    for step, *halves, note in gain_table.read(path):
+        public, private = (
+            "     -" if math.isnan(half) else f"{half:6.4f}" for half in halves
+        )
+        print(f"{step:28}  {public}  {private}   {note}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        with launch.interruptible():
+            main()
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"run_pipeline: {error}")
-    except KeyboardInterrupt:
-        sys.exit("run_pipeline: interrupted; the same command goes on from here")
+    except launch.Interrupted as by:
+        with suppress(OSError):  # the terminal may be what went away
+            said = "the same command goes on from here"
+            print(f"run_pipeline: interrupted by {by}; {said}", file=sys.stderr)
+        launch.die_by(by.number)

@@ -1,6 +1,7 @@
 """The benchmarks run: what they measure is theirs to tell."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,22 @@ def test_a_small_suite_runs_and_its_rows_are_written(suite, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {"name", "machine"} <= json.loads(rows.read_text())[0].keys()
     assert "goal" in done.stdout
+
+
+def test_a_chain_of_the_quality_bench_can_be_run_again(tmp_path):
+    script = """
+import bench, bench_quality as suite
+from kit.rerank import chain as chains
+class Photos:
+    search = chains.Chain({"m": 1.0})
+    def gain(self, chain): return "+0"
+    def value(self, chain): return 0.5
+steps = chains.NAMED["small-places"]
+rows = [suite._told(bench.Bench(True), "a: pair " + str(s), Photos(), *s) for s in (steps, steps[:1])]
+paths = [row["numbers"]["chain"] for row in rows]
+found = [chains.load(suite.Path(path)) for path in paths]
+assert [chain.steps for chain in found] == [steps, steps[:1]], found
+assert {suite.Path(path).parent for path in paths} == {suite.Path(suite.os.environ["KIT_CHAINS"])}
+"""
+    here = os.environ | {"KIT_CHAINS": str(tmp_path), "PYTHONPATH": str(SCRIPTS.parent)}
+    subprocess.run([sys.executable, "-c", script], cwd=SCRIPTS, check=True, env=here)

@@ -1,5 +1,6 @@
 """What a killed run, a full disk and bad input leave behind: nothing lost, nothing half-written."""
 
+import math
 import os
 import random
 import resource
@@ -8,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from kit import files
+from kit.answers import gain_table
 from kit.data import toy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +124,32 @@ def test_a_wrong_option_is_one_clear_line_and_starts_nothing(
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        *(["--data", "none"], ["--weights", "none"], ["--table", "none"]),
+        *(["--clean", "none"], ["--exclusions", "none"], ["--index-ids", "none"]),
+        *(["--from", "none"], ["--force", "none"]),
+        *(["--stop-after", "none"], ["--stop-after", "0"], ["--stop-after=-5m"]),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_names_nothing_is_refused_even_by_a_list(data, tmp_path, more):
+    done = run(data, tmp_path / "work", *more, "--list")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and more[-1].split("=")[-1] in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_work_folder_that_cannot_be_written_is_refused_by_name(data, tmp_path):
+    (tmp_path / "file").touch()
+    for work in (tmp_path / "file", tmp_path / "file" / "work", Path("/proc/work")):
+        done = run(data, work)
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 1
+        assert line.startswith(f"run_pipeline: --work {work}: no file can be made")
+
+
+@pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (
@@ -150,8 +180,36 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(data, tmp
 
     done = run(data, tmp_path / "work", preexec_fn=small_files)
     assert done.returncode == 1
-    assert "is the disk full?" in done.stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "not written: File too large" in last and str(tmp_path / "work") in last
     assert not list((tmp_path / "work").rglob("*.part"))
     assert not list((tmp_path / "work").rglob("stage.json"))
     again = run(data, tmp_path / "work")
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_of_classes_held_out_from_training_must_reach_report_and_recognition(
+    tmp_path,
+):
+    """Six classes of four pictures: every query is of a class that no model has met."""
+    random = np.random.default_rng(0)
+    for name in "abcdef":
+        scene = cv2.resize(random.integers(0, 255, (6, 8, 3), np.uint8), (160, 120))
+        for number in range(4):
+            path = tmp_path / "data" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), np.roll(scene, 5 * number, axis=1))
+    more = ["--layout", "folders", "--pretrained", "", "--workers", "0", "--recognise"]
+    done = run(tmp_path / "data", tmp_path / "work", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = tmp_path / "work" / "answers" / "toy"
+    assert (answers / "report.html").exists() and (answers / "landmarks.csv").exists()
+    gains = {
+        name: halves for name, *halves, _ in gain_table.read(answers / "gains.csv")
+    }
+    assert all(0 <= half <= 1 for halves in gains.values() for half in halves)
+    # the landmarks of held-out classes are in no training list: no answer can be right
+    named = gain_table.read(answers / "recognition_gains.csv")
+    assert all(math.isnan(half) for _, *halves, _ in named for half in halves)
+    assert "nan" not in done.stdout

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from kit.launch import (
     launch,
     time_left,
 )
+from kit.nodes.agent import name_cause
 
 ROOT = Path(__file__).parents[1]
 
@@ -348,3 +350,76 @@ def is_running(pid):
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"  # ended, and its parent did not look yet
+
+
+TRACE = """\
+Caught RuntimeError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "worker.py", line 1, in loop
+    data = fetch(index)
+{frames}RuntimeError: no room
+in this place
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ValueError: no such\n  recipe", "ValueError: no such recipe"),
+        (
+            f"RuntimeError: {TRACE.format(frames='  File x, line 2' * 500 + chr(10))}",
+            "RuntimeError: no room in this place",
+        ),
+        (
+            (
+                "Error: Traceback (most recent call last):\n  File a\nKeyError: 1\n"
+                "The above exception was the direct cause of the following exception:\n"
+                "Traceback (most recent call last):\n  File b\nOSError: the cause\n"
+            ),
+            "OSError: the cause",
+        ),
+        ("Traceback (most recent call last):\n  File a", "File a"),
+        ("", ""),
+    ],
+)
+def test_a_cause_is_the_last_exception_of_a_traceback(text, said):
+    assert name_cause(text) == said
+
+
+def test_a_long_cause_keeps_its_start_and_its_end():
+    said = name_cause(f"OSError: {'a ' * 5000}the end")
+    assert said.startswith("OSError: a ") and said.endswith(" the end")
+    assert len(said) < 1010
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", "--workers 0"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "--workers"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "--workers"),
+    ],
+)
+def test_a_cause_says_what_helps_where_that_is_known(text, option):
+    assert name_cause(text).startswith(f"{text}; ") and option in name_cause(text)
+    assert name_cause("ValueError: killed at sea") == "ValueError: killed at sea"
+
+
+def test_ranks_of_one_machine_talk_over_its_loopback_interface(monkeypatch):
+    launcher = import_module("kit.launch")  # `launch` is its function here
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert "GLOO_SOCKET_IFNAME" not in launcher._environment(2)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert launcher._environment(2, alone=True)["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):
+    launcher = import_module("kit.launch")
+    assert launcher.count_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launcher.count_cores() == 6
+    assert launcher._environment(2)["OMP_NUM_THREADS"] == "3"

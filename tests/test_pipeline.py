@@ -192,10 +192,28 @@ def test_braces_in_paths_are_braces_and_the_notebook_imports_this_kit(
     text = 'a "quoted" \\ line\nand {braces}'
     pipeline.run([Step("see", notebook, {"text": text})], place / "work" / "toy")
     out, err = capsys.readouterr()  # live, as the notebook prints
-    assert f"{place} {pipeline.__file__.replace('pipeline', '__init__')} {text}" in out
+    assert (
+        f"{place} {pipeline.__file__.replace('pipeline.py', '__init__.py')} {text}"
+        in out
+    )
     assert "to stderr" in err
     assert (place / "work" / "toy" / "see.ipynb").exists()
     assert os.environ["PYTHONPATH"] == "/somewhere"
+
+
+@pytest.mark.parametrize("variable", ["JUPYTER_PATH", "JUPYTER_DATA_DIR"])
+def test_a_notebook_runs_in_this_interpreter_whatever_is_called_python3(
+    chain, folder, monkeypatch, tmp_path, variable
+):
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    files.write_json(
+        tmp_path / "kernels" / "python3" / "kernel.json",
+        {"argv": ["/none/python"], "display_name": "Python 3", "language": "python"},
+    )
+    monkeypatch.setenv(variable, str(tmp_path))
+    write_notebook(chain[0].notebook, "import sys; text = sys.executable", WRITE)
+    pipeline.run(chain[:1], folder)
+    assert written(chain)[0] == sys.executable
 
 
 def test_relative_paths_are_the_callers(chain, folder, monkeypatch):
@@ -278,6 +296,112 @@ def test_outputs_lie_under_the_work_root_and_hold_nothing_else(chain, folder):
     step = replace(step, notebook=write_notebook(root / "notebooks" / "1.ipynb", WRITE))
     assert "1.ipynb" in refusal([step], folder, force=["step1"])
     assert precious.exists() and step.notebook.exists()
+
+
+@pytest.mark.parametrize("kind", ["inputs", "user_files"])
+@pytest.mark.parametrize("place", ["inside", "equal", "above", "link"])
+def test_what_a_user_gave_is_in_no_output_that_a_forced_step_removes(
+    chain, folder, kind, place
+):
+    root = folder.parent
+    (root / "store/deep").mkdir(parents=True)
+    mine = root / "store/deep/mine.csv"
+    mine.write_text("mine")
+    (root / "link.csv").symlink_to(mine)
+    output = {"equal": mine, "above": root / "store/deep"}.get(place, root / "store")
+    given = root / "link.csv" if place == "link" else mine
+    if place == "above":  # a folder that was given, and an output around it
+        given, output = root / "store/deep", root / "store"
+    steps = [chain[0], replace(chain[1], outputs=(output,))]
+    steps[0] = replace(steps[0], **{kind: (given,)})
+    text = refusal(steps, folder, start="step1")
+    assert text == f"step2: output {output} holds {given}; move that elsewhere"
+    assert mine.read_text() == "mine"
+
+
+# Chains of one work folder
+
+
+@pytest.fixture
+def beside(chain, folder):
+    """A chain of one step by its name; all write the same file, which an option decides."""
+    write_notebook(chain[0].notebook, "open(out, 'w').write(text)")
+
+    def chain_of(name, decided, text="1"):
+        parameters = chain[0].parameters | {"text": text}
+        step = replace(chain[0], parameters=parameters, shared={"option": decided})
+        return [step], folder.parent / name
+
+    return chain_of
+
+
+def test_chains_share_an_output_that_the_same_options_decide(beside):
+    pipeline.run(*beside("a", "x"))
+    pipeline.run(*beside("b", "x"))
+    assert states(*beside("a", "x")) == states(*beside("b", "x")) == ["done"]
+
+
+def test_a_chain_alone_may_change_what_decides_an_output(beside, chain):
+    pipeline.run(*beside("a", "x"))
+    pipeline.run(*beside("a", "y", "2"))
+    assert written(chain)[0] == "2"
+
+
+@pytest.mark.parametrize("changed", ["option", "input"])
+def test_a_shared_output_with_other_options_is_refused_by_name(
+    beside, chain, tmp_path, changed
+):
+    table = tmp_path / "table.csv"
+    table.write_text("a")
+    chain[0] = replace(chain[0], inputs=(table,))
+    pipeline.run(*beside("a", "x"))
+    if changed == "input":
+        table.write_text("b")
+    named = {"option": "option", "input": str(table)}[changed]
+    with pytest.raises(ValueError, match=f"step1: a made .*1.txt with other {named};"):
+        pipeline.run(*beside("b", "y" if changed == "option" else "x"))
+    assert written(chain)[0] == "1"
+
+
+def test_a_forced_step_takes_a_shared_output_from_the_other_chain(beside, monkeypatch):
+    pipeline.run(*beside("a", "x"))
+    with files.lock(beside("a", "x")[1]), pytest.raises(RuntimeError, match="/a: "):
+        pipeline.run(*beside("b", "y"), start="step1")  # while the other one runs
+    assert states(*beside("a", "x")) == ["done"]
+    pipeline.run(*beside("b", "y"), start="step1")
+    assert states(*beside("a", "x")) == ["missing"]
+    with pytest.raises(ValueError, match="step1: b made"):
+        pipeline.run(*beside("a", "x"))
+
+
+def test_a_shared_output_stays_until_a_forced_step_has_written_it_again(beside, chain):
+    pipeline.run(*beside("a", "x"))
+    write_notebook(chain[0].notebook, "assert open(out).read() == text", WRITE)
+    pipeline.run(*beside("a", "x"), force=["step1"])
+    assert written(chain)[0] == "11"
+
+
+def test_two_chains_that_start_at_once_do_not_share_other_options(beside, chain):
+    write_notebook(chain[0].notebook, "import time; time.sleep(2)", WRITE)
+    program = """
+        import sys
+        from pathlib import Path
+        from kit.pipeline import Step, run
+        notebook, out, name, decided = sys.argv[1:]
+        step = Step("step1", Path(notebook), {"out": out}, (), (Path(out),), shared={"option": decided})
+        run([step], Path(out).parent / name)
+    """
+    (out,) = chain[0].outputs
+    command = [sys.executable, "-c", textwrap.dedent(program), chain[0].notebook, out]
+    root = Path(pipeline.__file__).parents[1]
+    running = [
+        subprocess.Popen([*command, name, name], cwd=root, stderr=subprocess.PIPE)
+        for name in "ab"
+    ]
+    said = [each.communicate()[1].decode() for each in running]
+    assert sorted(each.returncode for each in running) == [0, 1], said
+    assert "with other option;" in "".join(said)
+    assert written(chain)[0] == "x"
 
 
 def test_one_run_at_a_time_in_a_folder(chain, folder, monkeypatch):
@@ -375,7 +499,8 @@ def test_a_killed_kernel_is_reported_as_such(chain, folder):
         pipeline.run(chain, folder)
     kept = folder / "step1.error.ipynb"
     assert str(error.value) == (
-        f"step1: the kernel was killed (out of memory?) (see {kept})"
+        "step1: the kernel was killed (out of memory?); fewer --workers need less "
+        f"(see {kept})"
     )
     assert states(chain, folder) == ["failed", "missing", "missing"]
     assert written(chain) == ["1", "", ""]
@@ -506,3 +631,15 @@ def test_the_table_is_aligned():
         step            state    seconds  peak MB
         01_lists        done         3.2      180
         02_train_clean  missing        -        -""")
+
+
+def test_a_run_sweeps_the_work_folder_of_what_killed_runs_left(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [tmp_path / place for place in ("lists", "runs/toy/clean/resume")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / f".a.{files._machine()}-{ended.pid}-5.part").write_text("half")
+        (folder / "a").write_text("whole")
+    pipeline.run([], tmp_path / "pipeline-toy")
+    assert [[path.name for path in folder.iterdir()] for folder in left] == [["a"]] * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit import files, pipeline, plan
-from kit.data import toy
+from kit.data import lists, sources, toy
 from kit.plan import Run
 from kit.rerank.steps import STEPS
 from kit.training import recipes
@@ -75,7 +75,7 @@ def test_folders_of_recipes_with_a_slash_lie_under_work(run):
 
 def test_the_machine_is_in_no_fingerprint(run):
     machine = {"num_gpus": 8, "workers": 6, "save_every": 7}
-    machine["machine"] = {"accumulate": 4, "channels_last": False}
+    machine["machine"] = {"accumulate": 2, "channels_last": False}
     step = by_name(replace(run, **machine))["02_train_c2x"]
     assert step.machine == machine
     assert {s.name: s.parameters for s in steps(run)} == {
@@ -167,6 +167,7 @@ def test_a_recipe_names_the_steps_that_are_tuned_unless_the_user_does(run):
 
     assert tuned(run) == ["landmark_country"]
     assert tuned(replace(run, rerank=("dba", "refine"))) == ["dba", "refine"]
+    assert tuned(replace(run, rerank=("small-places",))) == ["small-places"]
     assert tuned(replace(run, rerank=())) == []
     assert tuned(replace(run, recipe="glr2019/v19c")) == ["sort_insert"]
     with pytest.raises(ValueError, match="step 'debra' is not one of whitening, dba"):
@@ -240,6 +241,7 @@ def script(run, monkeypatch):
     spec = importlib.util.spec_from_file_location("run_pipeline", COMMAND[1])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    run.data.mkdir()
 
     def main(*more):
         monkeypatch.setattr(sys, "argv", command(run, *more)[1:])
@@ -285,6 +287,7 @@ def test_the_list_of_steps_without_a_holdout_has_no_numbers(run, script, capsys)
 
 @pytest.mark.slow
 def test_a_command_that_is_stopped_says_so_and_is_no_failure(run):
+    run.data.mkdir()
     ended = done(run, "--recipe", "toy", "--stop-after", "0.001")
     assert ended.returncode == 0, ended.stderr
     last = "stopped as asked before 00_image_lists; the same command goes on"
@@ -349,3 +352,70 @@ def test_two_nodes_do_every_step_and_one_has_nothing_left_to_do(tmp_path):
     assert alone.returncode == 0
     assert alone.stdout.count("done already") == 7
     assert files.read_json(run.folder / "nodes" / "session.json")["ended"] == "well"
+
+
+# Recipes of one work folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    return toy.render(tmp_path / "data", toy.ToyConfig(landmarks=8, images=80, side=64))
+
+
+def make_lists(run):
+    pipeline.run(steps(run)[:1], run.folder)
+    return {path.name: files.sha256(path) for path in run.lists.iterdir()}
+
+
+def test_recipes_share_the_lists_of_the_same_data_and_options(run, small):
+    first = make_lists(run)
+    assert make_lists(replace(run, recipe="toy", weights=run.work / "w")) == first
+    assert table(run)["00_image_lists"] == "done"
+
+
+def test_lists_that_another_recipe_made_with_exclusions_are_refused(run, small):
+    excluded = small.parent / "exclusions.csv"
+    train = (small / "train" / "train.csv").read_text().splitlines()
+    excluded.write_text(f"id,reason\n{train[1].split(',')[0]},seen\n")
+    first = make_lists(replace(run, exclusions=str(excluded)))
+    other = replace(run, recipe="toy")
+    with pytest.raises(ValueError, match=r"pipeline-glr2021.* with other .*exclusions"):
+        make_lists(other)
+    assert make_lists(replace(other, exclusions=str(excluded))) == first
+    excluded.write_text("id,reason\n")
+    with pytest.raises(ValueError, match=f"with other {excluded};"):
+        make_lists(replace(run, exclusions=str(excluded)))
+
+
+def test_an_old_answer_is_there_while_lists_are_made_again(run, small, monkeypatch):
+    make_lists(run)
+    facts = sources.read(small, "gldv2", "")
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda p, **k: (removed.append(p.name), unlink(p, **k))
+    )
+    lists.build(facts, small, run.lists, sizes=False)
+    assert all(name.endswith(".part") for name in removed)
+
+
+@pytest.mark.parametrize("place", ["lists/mine.csv", "lists", "runs/toy/clean/a.csv"])
+@pytest.mark.parametrize("field", ["exclusions", "index_ids", "clean", "weights"])
+def test_a_user_file_in_an_output_folder_is_refused_before_it_is_removed(
+    run, field, place
+):
+    mine = run.work / place
+    (mine if place == "lists" else mine.parent).mkdir(parents=True)
+    if place != "lists":
+        mine.write_text("id,reason\n")
+    value = mine if field == "weights" else str(mine)
+    given = replace(run, recipe="toy", **{field: value})
+    with pytest.raises(ValueError, match=f"output .* holds {mine}"):
+        pipeline.run(steps(given), given.folder, start="00_image_lists")
+    assert mine.exists()
+
+
+def test_a_work_folder_among_folders_of_classes_is_refused(run):
+    for work in (run.data, run.data / "work"):
+        with pytest.raises(ValueError, match=f"work: {work} lies in {run.data}"):
+            replace(run, layout="folders", work=work)

@@ -257,7 +257,7 @@ def test_what_cannot_be_searched_or_scored_is_refused_before_the_first_trial(
         tune.tune({"init": ["", "first"]}, search, gpus=1)
     with pytest.raises(leaks.LeakError, match="list all holds 6 validation queries"):
         tune.tune({"images": ["all"]}, leaky(search, data, tmp_path), gpus=1)
-    with pytest.raises(ValueError, match="has no public query to choose a trial by"):
+    with pytest.raises(ValueError, match="solution.csv: no query of the Public half"):
         tune.tune(SPACE, leaky(search, data, tmp_path, "Private"), gpus=1)
     with pytest.raises(FileNotFoundError, match="no search in .*; run 08_tune"):
         tune.table(search.folder)

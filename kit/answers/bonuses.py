@@ -8,7 +8,13 @@ from torch import Tensor
 from kit.answers.scene import INDEX, QUERY, REFERENCE, Scene
 from kit.answers.tags import predicted
 from kit.features.search import knn
-from kit.rerank import k_reciprocal_tags, landmark_country, shared_labels, steps
+from kit.rerank import (
+    k_reciprocal_tags,
+    landmark_country,
+    order,
+    shared_labels,
+    steps,
+)
 from kit.rerank.addends import Addends
 from kit.rerank.landmark_country import Tags, Votes, Weights, gate, vote
 
@@ -57,7 +63,7 @@ def _(step: steps.SameLabel, scene: Scene) -> Addends:
 def _tagged(scene: Scene, which: str, k: int, way: str) -> tuple[Tensor, ...]:
     """Scores, landmarks and countries (n, k) of the references that vote for query or index."""
     voters = scene.labelled
-    if way == "cosine":
+    if way == "cosine" or not len(voters.rows):
         return scene.votes(which, k)
     if way == "class_mean":
         means, names = landmark_country.class_means(
@@ -76,7 +82,6 @@ def _tagged(scene: Scene, which: str, k: int, way: str) -> tuple[Tensor, ...]:
         scene.tensor(which), near.rows, graph, scene.tensor(REFERENCE), k
     )
     landmarks, countries = (
-        torch.where(rows >= 0, tags[rows.clamp(min=0)], -1)
-        for tags in (voters.landmarks, voters.countries)
+        order.named(tags, rows) for tags in (voters.landmarks, voters.countries)
     )
     return scores, landmarks, countries

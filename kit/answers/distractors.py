@@ -86,16 +86,23 @@ def find(
     `solution`, a table of tables.read_recognition: the private half must not be known.
     """
     images = lists.load(folder, name, ("id", "label"))
+    ids = without_landmark(images, solution)
+    if not len(ids):
+        where = f"the public half of list {name}" if name == QUERY else f"list {name}"
+        raise ValueError(f"{where} has no image without a landmark; name another list")
+    return Distractors(features, images.name, images.hash, ids, other_scales)
+
+
+def without_landmark(
+    images: lists.ImageList, solution: pd.DataFrame | None = None
+) -> np.ndarray:
+    """Ids of those that `find` takes, each once; perhaps none."""
     ids = images.ids[images.labels < 0]
-    if name == QUERY:
+    if images.name == QUERY:
         if solution is None:
             raise ValueError(
                 "which queries show no landmark only a solution tells; name another list"
             )
         public = solution[solution["usage"] == "Public"]
         ids = np.intersect1d(ids, public.loc[public["landmarks"] == "", "id"])
-    if not len(ids):
-        where = f"the public half of list {name}" if name == QUERY else f"list {name}"
-        raise ValueError(f"{where} has no image without a landmark; name another list")
-    ids = np.unique(ids).astype("U16")
-    return Distractors(features, images.name, images.hash, ids, other_scales)
+    return np.unique(ids).astype("U16")

@@ -70,6 +70,11 @@ class Recognition:
         scene = self.scenes.of(plan.models)
         for model in scene.models:
             model.of(REFERENCE)  # one that has none is refused by its name
+        if not len(scene.labelled.rows):
+            raise ValueError(
+                f"list {self.reference.name} has no labelled image that can be read; "
+                "recognition needs one that votes"
+            )
         found = self._recognised(scene, plan)
         named = [self.landmarks.get(label, "") for label in found.labels.tolist()]
         sure = torch.where(found.labels < 0, 0.0, found.confidences).numpy()

@@ -3,6 +3,7 @@
 Nothing of the size queries x index is ever held.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from kit.features.graph import Graph
 from kit.features.store import Features
 from kit.features.views import Views
 from kit.rerank.chain import Chain
+
+log = logging.getLogger(__name__)
 
 # what extraction makes of an image; features that differ in it are not compared
 VIEWS = tuple(each.name for each in fields(Views))
@@ -172,5 +175,9 @@ def _voters(models: Sequence[Model], reference: Reference) -> Voters:
         parts.append([each[voting] for each in (rows, label, countries)])
     rows, labels, countries = map(np.concatenate, zip(*parts, strict=True))
     if not len(rows):
-        raise ValueError(f"list {reference.name} has no labelled image that could vote")
+        log.warning(
+            "list %s has no labelled image that can be read: nothing votes, and steps "
+            "that read labels change nothing",
+            reference.name,
+        )
     return Voters(rows, torch.from_numpy(labels), torch.from_numpy(countries))

@@ -60,7 +60,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Voters:
-    """Labelled references: one entry a (reference image, landmark) pair."""
+    """Labelled references: one entry a (reference image, landmark) pair; perhaps none."""
 
     rows: np.ndarray  # (R,) rows of the reference features
     landmarks: Tensor  # (R,)
@@ -145,6 +145,9 @@ class Scene:
 
         Index images that cannot be read are near nobody and nobody is near them.
         """
+        if among == REFERENCE and not len(self.labelled.rows):
+            absent = torch.full((self._count(of), 1), order.ABSENT)
+            return Neighbours(torch.full(absent.shape, -torch.inf), absent)
         k = min(k, self._count(among))
         if addends is not None:
             return self._search(of, among, k, addends)
@@ -187,7 +190,11 @@ class Scene:
         """Scores (n, k), landmarks (n, k) and countries (n, k) of the nearest voters."""
         near = self.near(of, REFERENCE, k)
         voters = self.labelled
-        return near.scores, voters.landmarks[near.rows], voters.countries[near.rows]
+        return (
+            near.scores,
+            order.named(voters.landmarks, near.rows),
+            order.named(voters.countries, near.rows),
+        )
 
     def stored(self, which: str) -> Tensor:
         """(N, D) float16 as it is stored; of several models weighted, joined and in memory."""

@@ -3,7 +3,7 @@ for recognition, a landmark_id and a score or nothing.
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from kit import files
-from kit.data.tables import read_csv
+from kit.data.id_forms import refuse_other_form
+from kit.data.tables import decode_label, encode_label, read_csv
+from kit.text import quoted
 
 Table = pd.DataFrame
 PREDICTIONS = ["id", "landmark", "confidence"]  # columns of a table of them
@@ -57,7 +59,7 @@ def write_landmarks(
     path: Path,
     predictions: Table,
     asked: Iterable[str],
-    landmarks: Container[str] | None = None,
+    landmarks: Collection[str] | None = None,
     form: Form = LANDMARKS,
 ) -> Path:
     """predictions: id, landmark ("": none) and confidence of some of the queries that are asked.
@@ -71,9 +73,11 @@ def write_landmarks(
         if query not in answers:
             raise ValueError(f"{query} is no query that is asked")
         if answers[query]:
-            raise ValueError(f"query {query} has more than one prediction")
+            raise ValueError(f"query {quoted(query)} has more than one prediction")
         # the shortest text that reads back as the same number, so no two scores become one
-        answers[query] = f"{landmark} {float(confidence)!r}" if landmark else ""
+        answers[query] = (
+            f"{encode_label(landmark)} {float(confidence)!r}" if landmark else ""
+        )
     with files.replacing(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(f"{','.join(form.columns)}\n")
@@ -122,14 +126,16 @@ def check(
     for query, images in rankings.items():
         if len(images) > form.most:
             raise ValueError(
-                f"{path}: query {query} has {len(images)} images, more than {form.most}"
+                f"{path}: query {quoted(query)} has {len(images)} images, more than {form.most}"
             )
         if len(set(images)) < len(images):
-            raise ValueError(f"{path}: query {query} has an image twice")
+            raise ValueError(f"{path}: query {quoted(query)} has an image twice")
         if known is not None and not known.issuperset(images):
+            answered = (image for each in rankings.values() for image in each)
+            refuse_other_form(answered, known, path, "the index")
             wrong = next(image for image in images if image not in known)
             raise ValueError(
-                f"{path}: query {query} answers {wrong}, which is not in the index"
+                f"{path}: query {quoted(query)} answers {quoted(wrong)}, which is not in the index"
             )
     return len(rankings)
 
@@ -137,7 +143,7 @@ def check(
 def check_landmarks(
     path: Path,
     query_ids: Iterable[str],
-    landmarks: Container[str] | None = None,
+    landmarks: Collection[str] | None = None,
     form: Form = LANDMARKS,
 ) -> int:
     """As `check`, for landmarks: every query once and no other, one finite score each at most, and
@@ -148,8 +154,9 @@ def check_landmarks(
     named = found[found["landmark"] != ""]
     for query, landmark in zip(named["id"], named["landmark"], strict=True):
         if landmarks is not None and landmark not in landmarks:
+            refuse_other_form(named["landmark"], landmarks, path, "the references")
             raise ValueError(
-                f"{path}: query {query} answers {landmark}, which no reference shows"
+                f"{path}: query {quoted(query)} answers {quoted(landmark)}, which no reference shows"
             )
     return len(found)
 
@@ -161,7 +168,7 @@ def _read(path: Path, form: Form) -> dict[str, str]:
     repeated = table.loc[table[query].duplicated(), query]
     if len(repeated):
         raise ValueError(
-            f"{path}: query {repeated.iloc[0]} stands there more than once"
+            f"{path}: query {quoted(repeated.iloc[0])} stands there more than once"
         )
     return dict(zip(table[query], table[answer], strict=True))
 
@@ -173,7 +180,7 @@ def _prediction(path: Path, query: str, answer: str) -> tuple[str, float]:
         return "", 0.0
     if len(parts) != 2:
         raise ValueError(
-            f"{path}: query {query} has {answer!r}, not one landmark and its score"
+            f"{path}: query {quoted(query)} has {quoted(answer)}, not one landmark and its score"
         )
     try:
         score = float(parts[1])
@@ -181,9 +188,9 @@ def _prediction(path: Path, query: str, answer: str) -> tuple[str, float]:
         score = math.nan
     if not math.isfinite(score):
         raise ValueError(
-            f"{path}: the score {parts[1]} of query {query} is no finite number"
+            f"{path}: the score {quoted(parts[1])} of query {quoted(query)} is no finite number"
         )
-    return parts[0], score
+    return decode_label(parts[0]), score
 
 
 def _refuse_others(
@@ -191,12 +198,14 @@ def _refuse_others(
 ) -> None:
     """Queries without a line, and lines without a query."""
     wanted = set(query_ids)
+    refuse_other_form(there, wanted, path, "the queries that are asked")
     missing, strange = sorted(wanted - there), sorted(there - wanted)
+    problems = []
     if missing:
-        raise ValueError(
-            f"{path}: query {missing[0]} has no line ({len(missing)} missing)"
-        )
+        count = f"({len(missing)} missing)"
+        problems.append(f"query {quoted(missing[0])} has no line {count}")
     if strange:
-        raise ValueError(
-            f"{path}: {strange[0]} is no query ({len(strange)} such lines)"
-        )
+        count = f"({len(strange)} such lines)"
+        problems.append(f"{quoted(strange[0])} is no query {count}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")

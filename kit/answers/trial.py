@@ -3,6 +3,7 @@
 `python -m kit.answers.trial TRIAL.json PID`, started by kit.tune, whose process id PID is.
 """
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,9 +102,12 @@ def _launch(module: str, job: Path, processes: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """A trial's file, and the process id of the search that it is to end with."""
-    path, parent = sys.argv[1:] if arguments is None else arguments
-    end_with(int(parent), signal.SIGKILL)
-    trial = config.read(Trial, Path(path))
+    parser = argparse.ArgumentParser(description="One trial; kit.tune starts it.")
+    parser.add_argument("trial", type=Path, help="its JSON")
+    parser.add_argument("parent", type=int, help="process that it ends with")
+    given = parser.parse_args(arguments)
+    end_with(given.parent, signal.SIGKILL)
+    trial = config.read(Trial, given.trial)
     try:
         found = [score(trial, seed) for seed in trial.search.seeds]
     except launch.Stopped as stopped:

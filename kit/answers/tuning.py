@@ -3,9 +3,13 @@
 A score is of the half that may be chosen by, never of the one that is reported.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
+
+import pandas as pd
 
 from kit import config
 from kit.rerank.chain import Chain
@@ -39,7 +43,7 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "diffusion": {"kd": (5, 50), "kq": (1, 20), "gamma": (1.0, 5.0)},
     "refine": {"neighbours": (1, 20), "beta": (0.0, 1.0)},
     "local": {
-        "top": (5, 50),
+        "top": (5, 100),  # on flat scores depth decides
         "weight": (0.0, 1.0),
         "most": (10, 100),
         "least_inliers": (0, 20),
@@ -51,6 +55,23 @@ SPACES: Mapping[str, Mapping[str, Axis]] = {
     "background": {"weight": (0.0, 3.0), "near": (5, 100)},
     "frequent": {"most": (10, 100), "within": (0.0, 0.8)},
 }
+
+
+def refuse_empty_half(solution: pd.DataFrame, source: Path) -> None:
+    """Raise ValueError where a half of a table of `read_solution` has no query that counts.
+
+    One half chooses and the other reports, so tuning needs both. A query counts if it has a right
+    answer and is not Ignored.
+    """
+    halves = solution.loc[solution["images"].str.strip() != "", "usage"]
+    public, private = (int((halves == name).sum()) for name in ("Public", "Private"))
+    if not public or not private:
+        raise ValueError(
+            f"{source}: no query of the {'Private' if public else 'Public'} half counts (Public "
+            f"{public}, Private {private}, of {len(solution)} queries); tuning chooses by the "
+            "Public half and reports the Private one: give both queries with right answers in "
+            "the index"
+        )
 
 
 def tuned(
@@ -84,11 +105,11 @@ def tuned(
     study.enqueue_trial(near)
 
     def objective(trial: optuna.Trial) -> float:
-        return score(join(chain, _suggested(trial, step, space)))
+        return _measured(score, join(chain, _suggested(trial, step, space)))
 
     study.optimize(objective, n_trials=trials)
     found = _suggested(optuna.trial.FixedTrial(study.best_params), step, space)
-    published = score(join(chain, step))
+    published = _measured(score, join(chain, step))
     return found if study.best_value > published else step
 
 
@@ -103,15 +124,28 @@ def fused(
     chain: Plan, models: Sequence[str], weights: Sequence[float], score: Score[Plan]
 ) -> Plan:
     """The chain and, one after the other, those of `models` that improve it, with their weights."""
-    best, value = chain, score(chain)
+    if not models or not weights:
+        return chain
+    best, value = chain, _measured(score, chain)
     for model in models:
         before = best
         for weight in weights:
             trial = replace(before, models={**before.models, model: weight})
-            reached = score(trial)
+            reached = _measured(score, trial)
             if reached > value:
                 best, value = trial, reached
     return best
+
+
+def _measured(score: Score[Plan], plan: Plan) -> float:
+    """The score of a plan, or ValueError where it is NaN: nothing can be chosen by that."""
+    value = score(plan)
+    if math.isnan(value):
+        raise ValueError(
+            f"the score of {plan} is not a number: no query counts in the half of the queries "
+            "that it is measured on; give that half queries with right answers"
+        )
+    return value
 
 
 def _suggested(trial: Any, step: Step, space: Mapping[str, Axis]) -> Step:

@@ -1,7 +1,7 @@
 """exclusions.csv: images that no training list may hold, and why.
 
 `id,reason,of`, a row an image; `of` is the image or the landmark that it collides with. The JSON
-beside it tells how it was made and has the CSV's hash. A list written by hand needs no JSON and
+beside it tells how it was made and has the CSV's checksum. A list written by hand needs no JSON and
 no column `of`. `kit.answers.audit` writes one.
 """
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kit
-from kit import files
+from kit import checksums, files
+from kit.data.tables import refuse_damaged
+from kit.text import quoted
 
 COLUMNS = ("id", "reason", "of")
 DROPPED = "excluded: "  # what lists count them under, and the reason
@@ -59,7 +61,8 @@ def write(path: Path, rows: Iterable[Exclusion], about: Mapping[str, Any]) -> Pa
         "hash": files.sha256(path),
         "kit": kit.__version__,
     }
-    files.write_json(path.with_suffix(".json"), dict(about) | counted)
+    counted["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), dict(about) | counted)
     return path
 
 
@@ -71,14 +74,7 @@ def read(path: Path) -> dict[str, str]:
 def rows(path: Path) -> list[Exclusion]:
     """The same, row by row."""
     found = _parsed(path)
-    beside = path.with_suffix(".json")
-    if beside.exists():
-        about = files.read_json(beside)
-        if not isinstance(about, dict) or about.get("hash") != files.sha256(path):
-            raise ValueError(
-                f"{path} is not the file that {beside.name} describes; run the audit again, "
-                f"or remove {beside.name} if the list was changed by hand"
-            )
+    refuse_damaged(path)
     return found
 
 
@@ -87,7 +83,7 @@ def _parsed(path: Path) -> list[Exclusion]:
         raise FileNotFoundError(f"{path}: no such exclusion list")
     found: dict[str, Exclusion] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, strict=True)
             missing = {"id", "reason"} - set(table.fieldnames or ())
             if missing:
@@ -97,7 +93,7 @@ def _parsed(path: Path) -> list[Exclusion]:
             for row in table:
                 name, reason = row["id"], row["reason"]
                 if None in row or not ID.fullmatch(name or "") or not reason:
-                    problem = "is not the id of an image and a reason"
+                    problem = f"is not the id of an image and a reason: {quoted(name)}"
                 elif name in found:
                     problem = f"has {name} once more"
                 else:

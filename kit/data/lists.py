@@ -1,7 +1,7 @@
 """What a dataset says -> image lists with one label space, and the lists read back.
 
 A list is `<name>.csv` with the columns of `COLUMNS` and `<name>.json`, which counts rows, sources
-and every kind of dropped row. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
+and every kind of dropped row, and has the CSV's checksum. Lists: `clean`, `c2x` (clean landmarks with their rejected images),
 `full` (all of train), `index`, `query`, `index_train` (full and the index images whose place
 train knows), `all` (index_train and the test images), `gld_v1` (the first generation's images, with labels of
 their own). `index_train_holdout` and `all_holdout` are
@@ -24,15 +24,20 @@ import numpy as np
 import pandas as pd
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
-from kit.data.sources import Facts
-from kit.data.tables import read_solution
+from kit.data.sources import NONE_HELD_OUT, Facts
+from kit.data.tables import read_lines, read_solution
+from kit.text import in_a_line
 
 log = logging.getLogger(__name__)
 
 TRUTHS = ("solution.csv", "recognition.csv")  # answers of the queries
+REPAIR = (
+    "make it again: run 00_image_lists once more, --from 00_image_lists in the pipeline"
+)
+LARGEST_SOLUTION = 100_000_000  # bytes; all of GLDv2's has under one million
 BLOCK = 1 << 18  # rows read at a time where a list is not kept
 
 COLUMNS = {
@@ -123,15 +128,19 @@ def build(
     made = {*tables, *(name for name, rows in truths.items() if len(rows))}
     missing = [name for name in wanted if name not in made]
     if missing:
+        why = [f"; {n} {c}" for n, c in facts.notes.items() if NONE_HELD_OUT in n]
         raise ValueError(
             f"{data} gives no list {', '.join(missing)}; it gives {', '.join(sorted(made))}"
+            + "".join(why)
         )
+    _refuse_large_solution(facts.solution, data)
     shapes = _sizes(tables, data) if sizes else None
     if "gld_v1" in tables:
         tables["gld_v1"], more = _first_generation(
             tables["gld_v1"], shapes, gld_v1_classes, gld_v1_side
         )
         dropped["gld_v1"] |= more
+    files.sweep_parts(out)
     counts = {}
     for name, table in tables.items():
         own = name == "gld_v1"  # labels that say nothing about countries
@@ -152,12 +161,33 @@ def build(
         }
         counts[name] = _write(out / f"{name}.csv", blocks, about, sizes)
         log.info("list %-20s %9d rows", name, counts[name])
-    _remove_others(out, counts)
-    for name, table in _truths(facts).items():
-        table = table.rename(columns={"usage": "Usage"})
-        with files.replacing(out / name) as temporary:
-            table.to_csv(temporary, index=False, lineterminator="\n")
+    answers = _truths(facts)
+    _remove_others(out, {*counts, *answers})
+    for name, table in answers.items():
+        with (
+            files.replacing(out / name) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):  # row by row: as one text, right answers of big classes would weigh gigabytes
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow([*table.columns[:-1], "Usage"])
+            lines.writerows(zip(*(table[c] for c in table), strict=True))
+        about = {"checksums": checksums.compute_checksums(out, [name])}
+        about |= {"rows": len(table), "kit": kit.__version__}
+        checksums.write_manifest((out / name).with_suffix(".json"), about)
     return counts
+
+
+def _refuse_large_solution(solution: pd.DataFrame, data: Path) -> None:
+    """Raise ValueError where queries times right answers make a file of over LARGEST_SOLUTION bytes."""
+    lengths = solution["images"].str.len()
+    if lengths.sum() > LARGEST_SOLUTION:
+        most = len(solution["images"].iloc[int(lengths.argmax())].split())
+        raise ValueError(
+            f"{data}: solution.csv would have {lengths.sum() / 1e6:,.0f} MB, more than "
+            f"{LARGEST_SOLUTION / 1e6:,.0f}: {len(solution):,} queries, of up to {most:,} right "
+            "answers each; ask with fewer images of the large classes (folders query/ and index/, "
+            "or the column split of a table)"
+        )
 
 
 def _truths(facts: Facts) -> dict[str, pd.DataFrame]:
@@ -254,14 +284,15 @@ def _first_generation(
 
 def _searched(facts: Facts, index_ids: Path) -> set[str]:
     """A competition's index and every positive of the solution."""
-    wanted = [
-        line.strip() for line in index_ids.read_text(encoding="utf-8").splitlines()
-    ]
-    wanted = [line for line in wanted if line and line != "id"]
-    strange = set(wanted) - set(facts.index["id"])
+    wanted = [line for line in read_lines(index_ids) if line != "id"]
+    known = set(facts.index["id"])
+    strange = set(wanted) - known
     if strange:
-        raise ValueError(f"{index_ids}: {min(strange)} is not an image of the index")
-    return set(wanted) | set(" ".join(facts.solution["images"]).split())
+        raise ValueError(
+            f"{index_ids}: {in_a_line(min(strange))} is not an image of the index "
+            f"({len(strange)} of {len(wanted)} are not; the index has such as {min(known)})"
+        )
+    return set(wanted) | set(" ".join(facts.solution["images"].unique()).split())
 
 
 def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -270,18 +301,25 @@ def _tested(facts: Facts) -> tuple[pd.DataFrame, dict[str, int]]:
     One row a label; ignored queries have one row with -1.
     """
     solution = facts.solution.merge(facts.query, on="id", how="inner")
-    pairs = solution.assign(positive=solution["images"].str.split()).explode("positive")
-    pairs["label"] = pairs["positive"].map(facts.index.set_index("id")["label"])
-    asked = pairs["usage"] != "Ignored"
-    absent = asked & pairs["label"].isna()
-    pairs["label"] = pairs["label"].fillna(-1).astype(np.int64)
-    unknown = asked & ~absent & (pairs["label"] < 0)
-    kept = pairs[~asked | (pairs["label"] >= 0)].drop_duplicates(["id", "label"])
+    label_of = dict(zip(facts.index["id"], facts.index["label"], strict=True))
+    codes, texts = pd.factorize(
+        solution["images"]
+    )  # queries of a landmark share theirs
+    found = [[label_of.get(name) for name in text.split()] or [None] for text in texts]
+    absent = np.array([labels.count(None) for labels in found], dtype=np.int64)
+    unknown = np.array([labels.count(-1) for labels in found], dtype=np.int64)
+    known = [
+        [n for n in dict.fromkeys(labels) if n not in (None, -1)] for labels in found
+    ]
+    asked = (solution["usage"] != "Ignored").to_numpy()
+    labels = [known[c] if a else [-1] for c, a in zip(codes, asked, strict=True)]
+    kept = solution.assign(label=labels).explode("label").dropna(subset="label")
+    kept = kept.astype({"label": np.int64})
     lost = {
         "query that is not in the test list": len(facts.solution) - len(solution),
         "test image that is not in the solution": len(facts.query) - len(solution),
-        "positive that is not in the index": int(absent.sum()),
-        "positive of a place unknown to train": int(unknown.sum()),
+        "positive that is not in the index": int(absent[codes][asked].sum()),
+        "positive of a place unknown to train": int(unknown[codes][asked].sum()),
         "query without any label that train knows": len(solution)
         - kept["id"].nunique(),
     }
@@ -359,7 +397,7 @@ def _write(
     path: Path, blocks: Iterable[pd.DataFrame], about: dict[str, Any], sizes: bool
 ) -> int:
     """The CSV, then the JSON beside it; returns the number of rows."""
-    unreadable = 0
+    unreadable, examples = 0, []
     with (
         files.replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
@@ -368,11 +406,20 @@ def _write(
         lines.writerow(COLUMNS)
         for rows in blocks:
             lines.writerows(zip(*(rows[c].tolist() for c in COLUMNS), strict=True))
-            unreadable += int((rows["height"] < 0).sum())
+            lost = rows.loc[rows["height"] < 0, "path"]
+            unreadable += len(lost)
+            examples += lost.head(10 - len(examples)).tolist()
     if sizes:
         about["unreadable headers"] = unreadable
+        about["unreadable, such as"] = examples
+        if unreadable:
+            log.warning(
+                "list %s: %d of %d images are missing or unreadable, such as %s",
+                *(path.stem, unreadable, about["rows"], examples[0]),
+            )
     made = {"hash": files.sha256(path), "kit": kit.__version__}
-    files.write_json(path.with_suffix(".json"), about | made)
+    made["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), about | made)
     return about["rows"]
 
 
@@ -382,7 +429,8 @@ def _remove_others(out: Path, kept: Collection[str]) -> None:
         if about.stem not in kept and _is_ours(about):
             about.unlink()
             about.with_suffix(".csv").unlink(missing_ok=True)
-    for name in TRUTHS:
+    for name in {*TRUTHS} - {*kept}:
+        (out / name).with_suffix(".json").unlink(missing_ok=True)
         (out / name).unlink(missing_ok=True)
 
 
@@ -408,15 +456,15 @@ def find(folder: Path, name: str) -> StoredList:
     """The list `name` of `folder`, to be read block by block; refused as by `load`."""
     path = folder / f"{name}.csv"
     if not path.exists() or not path.with_suffix(".json").exists():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
+        there = (
+            ", ".join(sorted(p.stem for p in folder.glob("*.json") if _is_ours(p)))
+            or "none"
+        )
         raise FileNotFoundError(
             f"no list {name} in {folder} (there: {there}); run 00_image_lists first"
         )
-    about = files.read_json(path.with_suffix(".json"))
-    if files.sha256(path) != about["hash"]:
-        raise ValueError(
-            f"{path} is not the file that {name}.json describes; build it again"
-        )
+    about = checksums.read_manifest(path.with_suffix(".json"), REPAIR, ("hash",))
+    checksums.verify_files(folder, about, REPAIR, [path.name])
     return StoredList(name, path, about["hash"])
 
 
@@ -432,7 +480,7 @@ def _read(path: Path, columns: Sequence[str], block: int | None = None) -> Any:
 
 
 def describe(folder: Path) -> pd.DataFrame:
-    """One row a list: rows, images, labels, and what was dropped and why."""
+    """One row a list: rows, labels, images whose header cannot be read, and what was dropped and why."""
     about = [
         files.read_json(path)
         for path in sorted(folder.glob("*.json"))
@@ -444,16 +492,24 @@ def describe(folder: Path) -> pd.DataFrame:
             "rows": [a["rows"] for a in about],
             "labels": [a["labels"] for a in about],
             "without label": [a["without label"] for a in about],
-            "dropped": [
-                "; ".join(
-                    f"{reason}: {count}"
-                    for reason, count in a["dropped"].items()
-                    if count
-                )
-                for a in about
-            ],
+            # None where no image was looked at
+            "missing or unreadable": [a["unreadable headers"] for a in about],
+            "dropped": [_counted(a["dropped"]) for a in about],
         }
     ).sort_values("rows", ignore_index=True)
+
+
+def describe_notes(folder: Path) -> list[str]:
+    """One line a thing that was decided while the data were read, with its count."""
+    for path in sorted(folder.glob("*.json")):
+        if _is_ours(path):
+            about = files.read_json(path)
+            return [f"{what}: {n}" for what, n in about["notes"].items() if n]
+    return []
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return "; ".join(f"{reason}: {count}" for reason, count in reasons.items() if count)
 
 
 def leaks(seen: Mapping[str, str], folder: Path, searched: ImageList) -> dict[str, int]:

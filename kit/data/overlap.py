@@ -112,7 +112,7 @@ def known_labels(folder: Path, name: str) -> np.ndarray:
     if not (folder / "solution.csv").exists():
         return np.zeros(0, np.int64)
     solution = read_solution(folder / "solution.csv")
-    return _labels(folder, "index", set(" ".join(solution["images"]).split()))
+    return _labels(folder, "index", set(" ".join(solution["images"].unique()).split()))
 
 
 def _labels(folder: Path, name: str, ids: set[str] | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ with hardly any contrast would have a hash of noise: it counts as flat and has n
 hashes/<list>/ids.npy         (N,) U16, each image once, in the list's order
               values.npy      (N,) uint64; 0 where there is none
               states.npy      (N,) uint8: NEW, HASHED, FLAT or UNREADABLE
-              manifest.json   list, definition, counts; `complete` at the end
+              manifest.json   list, definition, counts; `complete`, checksums at the end
 """
 
 import logging
@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 
 import kit
-from kit import files, launch
+from kit import checksums, files, launch
 from kit.data.images import decode
 from kit.data.lists import ImageList, StoredList
 from kit.data.readers import Reader, UnreadableImage, open_reader
@@ -40,6 +40,8 @@ CONTRAST = 1.0  # grey levels of 255: less is flat
 STATES = ("new", "hashed", "flat", "unreadable")
 NEW, HASHED, FLAT, UNREADABLE = range(len(STATES))
 BLOCK = 4096  # images between two marks on disk
+REPAIR = "make it again: run kit.answers.audit once more"
+FILES = ("ids.npy", "values.npy", "states.npy")
 MADE = {"side": SIDE, "kept": KEPT, "least": LEAST, "contrast": CONTRAST}
 
 
@@ -94,12 +96,15 @@ def build(
         _create(out, listed)
         ids, values, states = _arrays(out, "r+")
         if not np.isin(states, (HASHED, FLAT)).all():
+            about = checksums.read_manifest(out / "manifest.json", REPAIR)
+            checksums.write_manifest(out / "manifest.json", about | {"complete": False})
             with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
                 _fill(pool, open_reader(data), listed, ids, values, states)
         counts = {name: int((states == n).sum()) for n, name in enumerate(STATES)}
-        about = files.read_json(out / "manifest.json")
+        about = checksums.read_manifest(out / "manifest.json", REPAIR)
         done = {"complete": True, "counts": counts}
-        files.write_json(out / "manifest.json", about | done)
+        done["checksums"] = checksums.compute_checksums(out, FILES)
+        checksums.write_manifest(out / "manifest.json", about | done)
     if counts["unreadable"] > max_unreadable * len(ids):
         name = ids[np.flatnonzero(states == UNREADABLE)[0]]
         raise ValueError(
@@ -112,11 +117,14 @@ def build(
 def load(folder: Path) -> Hashes:
     """The complete hashes in `folder`."""
     manifest = folder / "manifest.json"
-    if not manifest.exists() or not files.read_json(manifest)["complete"]:
+    found = manifest.exists()
+    about = checksums.read_manifest(manifest, REPAIR, ("complete",)) if found else {}
+    if not about.get("complete"):
         raise FileNotFoundError(
             f"{folder}: no finished hashes; run kit.answers.audit (again)"
         )
-    about, arrays = files.read_json(manifest), _arrays(folder, "r")
+    checksums.verify_files(folder, about, REPAIR, FILES)
+    arrays = _arrays(folder, "r")
     if {len(array) for array in arrays} != {about["rows"]}:
         raise ValueError(
             f"{folder}: its files are not those that manifest.json describes"
@@ -134,8 +142,7 @@ def _basis() -> np.ndarray:
 
 def _arrays(folder: Path, mode: str) -> list[np.ndarray]:
     return [
-        np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
-        for name in ("ids", "values", "states")
+        np.load(folder / name, mmap_mode=mode, allow_pickle=False) for name in FILES
     ]
 
 
@@ -143,7 +150,7 @@ def _create(out: Path, listed: ImageList | StoredList) -> None:
     """Prepares `out` for the list's images, unless that is done."""
     manifest = out / "manifest.json"
     about = {"list": {"name": listed.name, "hash": listed.hash}} | MADE
-    if manifest.exists() and about.items() <= files.read_json(manifest).items():
+    if checksums.is_resumable(out, about, FILES):
         return
     manifest.unlink(missing_ok=True)
     blocks = [block["id"].to_numpy().astype("U16") for block in listed.blocks(("id",))]
@@ -159,7 +166,7 @@ def _create(out: Path, listed: ImageList | StoredList) -> None:
         with files.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
     unfinished = {"rows": len(ids), "complete": False, "kit": kit.__version__}
-    files.write_json(manifest, about | unfinished)
+    checksums.write_manifest(manifest, about | unfinished)
 
 
 def _fill(

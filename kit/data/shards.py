@@ -2,7 +2,8 @@
 
 `pack` writes into a folder
 - `shard_00000.tar`, ...: JPEGs under their list's paths, turned as EXIF says, without metadata
-- `shards.json`: what made them, and of each finished shard its images and its unreadable ones
+- `shards.json`: what made them, and of each finished shard its images, its unreadable ones and its
+  checksum, which `python -m kit.check OUT` compares
 - `unreadable.csv`: path and reason of every image that is in no shard
 - `tar_index/`: where each image lies (kit.data.tars)
 
@@ -24,7 +25,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from kit import files
+from kit import checksums, files
 from kit.data import lists, tars
 from kit.data.images import decode
 from kit.data.readers import Reader, UnreadableImage, open_reader
@@ -57,7 +58,8 @@ def pack(
     made = {"side": side, "quality": quality, "per_shard": per_shard}
     made |= {"paths": files.fingerprint(paths)}
     with files.lock(out):
-        done = _done(out, made)
+        there = _existing(out, made)
+        done, sums = there.get("shards", {}), there.get("checksums", {})
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             for start in tqdm(range(0, len(paths), per_shard), "shards", disable=None):
                 name = f"shard_{start // per_shard:05d}.tar"
@@ -66,7 +68,9 @@ def pack(
                 some = paths[start : start + per_shard]
                 found = encoded(pool, reader, some, side, quality)
                 done[name] = write(out / name, zip(some, found, strict=True))
-                files.write_json(out / "shards.json", made | {"shards": done})
+                sums |= checksums.compute_checksums(out, [name])
+                about = made | {"shards": done, "checksums": sums}
+                checksums.write_manifest(out / "shards.json", about)
         _report(out / "unreadable.csv", done)
     tars.index(out)
     return out
@@ -123,19 +127,20 @@ def write(
     return {"images": count, "unreadable": unreadable}
 
 
-def _done(out: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the finished shards; refuses a folder with others."""
+def _existing(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the finished shards, or {}; refuses a folder with others."""
     path = out / "shards.json"
     if not path.exists():
         return {}
-    there = files.read_json(path)
+    repair = "pack them again into an empty folder"
+    there = checksums.read_manifest(path, repair, ("shards", "checksums"))
     for name, value in made.items():
         if there.get(name) != value:
             raise ValueError(
                 f"{out} holds shards of other images or settings ({name} differs); "
                 "give an empty folder"
             )
-    return there["shards"]
+    return there
 
 
 def _report(path: Path, done: dict[str, Any]) -> None:

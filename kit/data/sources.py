@@ -9,9 +9,10 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
@@ -22,17 +23,44 @@ import pandas as pd
 from kit.data import exclusions
 from kit.data.readers import open_reader
 from kit.data.tables import (
-    in_a_line,
+    encode_label,
     read_csv,
     read_recognition,
     read_solution,
+    refuse_damaged,
     refuse_repeats,
 )
+from kit.text import in_a_line, quoted
 
 SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")
-PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
+# what the decoder reads (kit.data.images), in any case
+PICTURE = re.compile(
+    r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|avif|bmp|dib|tiff?|jp2|gif|p[bgpn]m)$",
+    re.IGNORECASE,
+)
+# what systems, archives and network disks leave beside photographs; hidden names besides
+LEFTOVERS = frozenset(
+    [
+        "__macosx",
+        "@eadir",
+        "@__thumb",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "lost+found",
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+    ]
+) | {"system volume information", "icon\r"}
+FLOAT = re.compile(r"[+-]?\d+\.\d*")  # as pandas writes a whole number beside a gap
 NONE: Mapping[str, str] = MappingProxyType({})
+NOT_IN_TRAIN = "image is not in train.csv"
+LINE_ENDS = [chr(code) for code in (*range(32), 127, 0x85, 0x2028, 0x2029)]
+NONE_HELD_OUT = "no class is held out for queries: every class number"
 OTHER = "OTHER"  # the country of a landmark in no country file
 
 
@@ -113,6 +141,8 @@ def read(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(readers)}")
     if layout == "csv" and not table:
         raise ValueError("layout csv needs a table: the file path,label[,group,split]")
+    if clean is not None:
+        refuse_damaged(clean)
     facts = readers[layout]()
     if layout != "gldv2" and (clean or excluded):
         facts = _recut(facts, clean, excluded or {})
@@ -139,6 +169,8 @@ def official(
             if (gap := found[column] == "").any():
                 line = int(gap.idxmax()) + 2
                 raise ValueError(f"{data / name}: line {line} has no {column}")
+        if "landmark_id" in columns:
+            _check_landmarks(found["landmark_id"], data / name)
         sources[str(name)] = len(found)
         return found
 
@@ -163,7 +195,10 @@ def official(
         clean["path"] = _paths(clean["id"], "train", source)
         if cleaned:
             _refuse_strangers(clean["id"], train["id"], cleaned)
+        clean, strange = _only_of(train, clean, source)
         train, clean, lost = _without(train, clean, excluded)
+        if strange:  # train.csv is a part of the data's own
+            lost["clean"] = {NOT_IN_TRAIN: strange} | lost.get("clean", {})
         train, clean, landmarks = _labelled(train, clean)
         categories = table(
             "train/train_label_to_category.csv", "landmark_id", "category"
@@ -176,6 +211,7 @@ def official(
             table("index/index_label_to_category.csv", "landmark_id", "category"),
             names,
             data,
+            notes,
         )
     if (data / "test").is_dir():
         query = table("test/test.csv", "id")[["id"]]
@@ -184,6 +220,13 @@ def official(
         if (data / "test/retrieval_solution_v2.1.csv").exists():
             solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
             sources["test/retrieval_solution_v2.1.csv"] = len(solution)
+            notes["queries of the solution that test.csv lacks"] = _count_missing(
+                solution["id"], query["id"]
+            )
+            truth = set(" ".join(solution["images"].unique()).split())
+            notes["right answers of the solution that index.csv lacks"] = (
+                len(truth.difference(index["id"])) if len(index) else 0
+            )
         if (data / "test/recognition_solution_v2.1.csv").exists():
             recognition = read_recognition(data / "test/recognition_solution_v2.1.csv")
             sources["test/recognition_solution_v2.1.csv"] = len(recognition)
@@ -244,6 +287,30 @@ def competition(data: Path, query: str = "test", index: str = "index") -> Facts:
         sources=sources,
         notes={},
     )
+
+
+def _check_landmarks(landmarks: pd.Series, source: Path) -> None:
+    """Raise ValueError for `10.0` and ` 10`: tables are joined by text, so that such an id would
+    be another landmark than the `10` of another table."""
+    for name in pd.unique(landmarks):
+        if FLOAT.fullmatch(name) or name != name.strip():
+            line = int((landmarks == name).idxmax()) + 2
+            raise ValueError(
+                f"{source}: line {line}: landmark_id {quoted(name)} would be another landmark "
+                f"than {quoted(name.strip().partition('.')[0])}; write ids as text, not as numbers"
+            )
+
+
+def _only_of(
+    train: pd.DataFrame, clean: pd.DataFrame, source: Path
+) -> tuple[pd.DataFrame, int]:
+    """Clean rows whose image is in train, and how many are not."""
+    known = clean["id"].isin(train["id"])
+    strange = int((~known).sum())
+    if strange == len(clean):
+        first = in_a_line(clean["id"].iloc[0])
+        raise ValueError(f"{source}: {first} and all its other images are not in train")
+    return (clean[known].reset_index(drop=True) if strange else clean), strange
 
 
 def _first_generation(train: pd.DataFrame, source: Path) -> pd.DataFrame:
@@ -353,6 +420,7 @@ def _official_index(
     categories: pd.DataFrame,
     names: Mapping[str, int],
     data: Path,
+    notes: dict[str, int],
 ) -> pd.DataFrame:
     refuse_repeats(index["id"], data / "index/index.csv")
     refuse_repeats(places["id"], data / "index/index_image_to_landmark.csv")
@@ -365,7 +433,17 @@ def _official_index(
         rows["id"].map(places.set_index("id")["landmark_id"]).fillna("-1")
     )
     rows["label"] = rows["landmark_id"].map(label).fillna(-1).astype(np.int64)
+    notes["index images without a row in index_image_to_landmark.csv"] = int(
+        (rows["landmark_id"] == "-1").sum()
+    )
+    notes["images of index_image_to_landmark.csv that index.csv lacks"] = (
+        _count_missing(places["id"], index["id"])
+    )
     return rows
+
+
+def _count_missing(ids: pd.Series, there: pd.Series) -> int:
+    return int((~ids.isin(there)).sum())
 
 
 def _countries(folder: Path, landmarks: pd.Index, notes: dict[str, int]) -> np.ndarray:
@@ -375,13 +453,13 @@ def _countries(folder: Path, landmarks: pd.Index, notes: dict[str, int]) -> np.n
     twice = np.zeros(len(landmarks), dtype=bool)
     for path in sorted(folder.glob("*.json")):
         try:
-            members = [
-                str(row["id"]) for row in json.loads(path.read_text(encoding="utf-8"))
-            ]
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            members = [str(row["id"]) for row in rows]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}: not a list of landmarks with an id ({in_a_line(error)})"
             ) from None
+        _check_landmarks(pd.Series(members, dtype=object), path)
         labels = landmarks.get_indexer(members)
         labels = np.unique(labels[labels >= 0])
         twice[labels] |= seen[labels]
@@ -405,22 +483,57 @@ def from_csv(path: Path, root: Path) -> Facts:
     strange = table.loc[~table["split"].isin(SPLITS), "split"]
     if len(strange):
         raise ValueError(
-            f"{path}: split {in_a_line(strange.iloc[0])!r} is not one of {', '.join(SPLITS)}"
+            f"{path}: split {quoted(strange.iloc[0])} is not one of {', '.join(SPLITS)}"
         )
     nameless = (table["label"] == "") & (table["split"] == "train")
     if nameless.any():
         raise ValueError(
             f"{path}: line {int(nameless.idxmax()) + 2} is of train without a label"
         )
-    return _from_table(table, path, root)
+    return _from_table(table.assign(path=_checked_paths(table, path, root)), path, root)
+
+
+def _checked_paths(table: pd.DataFrame, source: Path, root: Path) -> list[str]:
+    """Paths from `root`; an absolute one inside it is made so, what can be no file is refused."""
+    base = f"{root.absolute().as_posix()}/"
+    found = []
+    for number, name in enumerate(table["path"], 2):
+        reason = ""
+        name = name.removeprefix(base)
+        if not name.strip():
+            reason = "there is no path"
+        elif "\\" in name:
+            reason = f"path {quoted(name)} has a backslash; separate folders by /"
+        elif name.startswith("/") or re.match(r"[A-Za-z]:/", name):
+            reason = f"path {quoted(name)} is absolute and not inside {root}"
+        if reason:
+            raise ValueError(f"{source}: line {number}: {reason}")
+        found.append(posixpath.normpath(name))
+    folders = {folder for name in set(found) for folder in _parents(name)}
+    for number, name in enumerate(found, 2):
+        if name in folders:
+            raise ValueError(
+                f"{source}: line {number}: {quoted(name)} is a folder, not an image"
+            )
+    return found
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path := posixpath.dirname(path):
+        yield path
+        if path == "/":
+            return
 
 
 def from_folders(root: Path, held_out: int = 3) -> Facts:
     """A folder per class; `root` may hold train/, index/ and query/ with the classes inside.
 
     Without these splits every `held_out`-th class is kept from training (0: none is); a quarter of
-    its images (at least one) are queries and the others the index.
+    its images (at least one) are queries and the others the index. What is no photograph is left
+    out and counted in `notes`: leftovers of systems, and extensions that the decoder does not read.
     """
+    tops = sorted(p for p in root.glob("*") if p.is_dir() and not _is_leftover(p.name))
+    _refuse_other_case(root, [p.name for p in tops])
     missing = [split for split in SPLITS if not (root / split).is_dir()]
     split_up = not missing
     if 0 < len(missing) < len(SPLITS):
@@ -428,24 +541,94 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
             f"{root}: no folder {', '.join(missing)} beside the other splits; "
             f"give all of {', '.join(SPLITS)}, or one folder a class"
         )
-    folders = sorted(p for p in root.glob("*/*" if split_up else "*") if p.is_dir())
+    folders = tops
+    if split_up:
+        folders = sorted(
+            p
+            for split in SPLITS
+            for p in (root / split).glob("*")
+            if p.is_dir() and not _is_leftover(p.name)
+        )
     found = []
+    notes: Counter[str] = Counter()
+    above = [root / split for split in SPLITS] if split_up else [root]
+    notes["left out: photograph in no class folder"] = sum(
+        bool(PICTURE.search(p.name)) and not _is_leftover(p.name) and p.is_file()
+        for folder in above
+        for p in folder.iterdir()
+    )
     for number, folder in enumerate(folders):
-        pictures = sorted(p for p in folder.rglob("*") if PICTURE.search(p.name))
+        pictures = find_photographs(folder, notes)
+        notes["left out: class without a photograph"] += not pictures
         queries = max(1, len(pictures) // 4)
         for place, picture in enumerate(pictures):
             split = folder.parent.name if split_up else "train"
             if not split_up and held_out and number % held_out == held_out - 1:
                 split = "query" if place < queries else "index"
-            found.append(
-                (picture.relative_to(root).as_posix(), folder.name, OTHER, split)
-            )
+            name = picture.relative_to(root).as_posix()
+            _refuse_odd_name(root, name)
+            found.append((name, folder.name, OTHER, split))
     if not found:
         raise FileNotFoundError(f"{root}: no folder with images in it")
     table = pd.DataFrame(
         found, columns=["path", "label", "group", "split"], dtype=object
     )
-    return _from_table(table, root, root)
+    facts = _from_table(table, root, root)
+    facts.notes.update({reason: count for reason, count in notes.items() if count})
+    if not split_up and len(folders) < held_out:
+        facts.notes[f"{NONE_HELD_OUT} {held_out} is, and there are"] = len(folders)
+    return facts
+
+
+def find_photographs(folder: Path, notes: Counter[str]) -> list[Path]:
+    """Files below `folder` by whose names the decoder reads them, sorted; `notes` counts the others."""
+    found = []
+    for here, folders, names in os.walk(folder):
+        notes["left out: hidden, or left by a system"] += len(names) + len(folders)
+        folders[:] = [name for name in folders if not _is_leftover(name)]
+        names = [name for name in names if not _is_leftover(name)]
+        notes["left out: hidden, or left by a system"] -= len(names) + len(folders)
+        for name in names:
+            if PICTURE.search(name):
+                found.append(Path(here, name))
+                continue
+            ending = PurePath(name).suffix.lower() or "no extension"
+            notes[
+                f"left out: {in_a_line(ending)}, which the decoder does not read"
+            ] += 1
+    return sorted(found)
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _refuse_other_case(root: Path, names: Iterable[str]) -> None:
+    """Raise ValueError for Train/ or QUERY/, which are splits or classes: nobody but the user knows."""
+    for name in names:
+        if name not in SPLITS and name.strip().lower() in SPLITS:
+            raise ValueError(
+                f"{root}: {quoted(name)} looks like the split {name.strip().lower()}/ in another "
+                f"spelling; rename it to {name.strip().lower()}, or, if it is a class, to another name"
+            )
+
+
+def _refuse_odd_name(root: Path, name: str) -> None:
+    """Raise ValueError for a path that no list can hold: line ends, or bytes that are not UTF-8."""
+    if name.isprintable():
+        return
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"{root}: {os.fsencode(name)!r} is not UTF-8; rename it")
+    if any(c in name for c in LINE_ENDS):
+        raise ValueError(
+            f"{root}: {quoted(name)} has a line end or a control character in its name; "
+            "rename it"
+        )
+
+
+def path_id(path: str) -> str:
+    """The id of an image that a table names by its path: sixteen digits of the path's hash."""
+    return hashlib.sha256(path.encode()).hexdigest()[:16]
 
 
 def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
@@ -461,8 +644,7 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     table = table.assign(path=paths)
     refuse_repeats(paths, source)
     # the name of a file is no id: sixteen digits of its hash are, and always the same
-    hashes = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in table["path"]]
-    table = table.assign(id=hashes)
+    table = table.assign(id=table["path"].map(path_id))
     train, index, query = (
         table[table["split"] == split].reset_index(drop=True) for split in SPLITS
     )
@@ -497,7 +679,7 @@ def _from_table(table: pd.DataFrame, source: Path, root: Path) -> Facts:
     recognition = pd.DataFrame(
         {
             "id": query["id"],
-            "landmarks": np.where(known, query["label"], ""),
+            "landmarks": np.where(known, query["label"].map(encode_label), ""),
             "usage": usage,
         }
     )
@@ -521,9 +703,7 @@ def _paths(ids: pd.Series, split: str, source: Path) -> pd.Series:
     names = ids.tolist()
     wrong = next((name for name in names if not ID.fullmatch(name)), None)
     if wrong is not None:
-        raise ValueError(
-            f"{source}: {in_a_line(wrong)!r} is not an id of 16 hex digits"
-        )
+        raise ValueError(f"{source}: {quoted(wrong)} is not an id of 16 hex digits")
     found = [f"{split}/{name[0]}/{name[1]}/{name[2]}/{name}.jpg" for name in names]
     return pd.Series(found, ids.index, dtype=ids.dtype)
 
@@ -536,11 +716,18 @@ def _refuse_strangers(ids: pd.Series, train: pd.Series, source: Path) -> None:
 
 
 def _refuse_wrong_root(rows: pd.DataFrame, data: Path) -> None:
-    """A list whose first hundred images are all missing belongs to another folder."""
-    sample = rows["path"].head(100)
+    """Raise FileNotFoundError where the first hundred images and a thousand others are missing."""
     reader = open_reader(data)
-    if len(sample) and not any(reader.exists(path) for path in sample):
+
+    def there(paths: pd.Series) -> bool:
+        return any(reader.exists(path) for path in paths)
+
+    # evenly spaced: of a part of the data, one run of ids may be what is there
+    others = rows["path"].iloc[100 :: max(1, len(rows) // 1000)]
+    if len(rows) and not there(rows["path"].head(100)) and not there(others):
+        tried = min(100, len(rows)) + len(others)
         raise FileNotFoundError(
-            f"{data}: {sample.iloc[0]} and the {len(sample) - 1} images after it are not there; "
-            "is this the folder that holds train/, index/ and test/?"
+            f"{data}: {rows['path'].iloc[0]} is not there, and none of {tried} images of "
+            f"{len(rows)} that were looked for; is this the folder that their paths start from "
+            "(of GLDv2, the one that holds train/, index/ and test/)?"
         )

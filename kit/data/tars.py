@@ -4,7 +4,8 @@ A tar counts as unpacked where it lies: member `0/1/2/012a.jpg` of `train/images
 image `train/0/1/2/012a.jpg`. The index of a folder is `tar_index/` in it:
 - `members-<hash>.npy`: (4, N) uint64, a column per image, sorted by the first two rows: the
   halves of its path's BLAKE2b-128; where its bytes begin; tar number * 2^32 + their count
-- `tars.json`: path, size and time of every tar in the order of their numbers; written last
+- `tars.json`: path, size and time of every tar in the order of their numbers, and the checksum of
+  the members; written last
 
 `python -m kit.data.tars FOLDER` builds it or brings it up to date.
 """
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import kit
-from kit import files
+from kit import checksums, files
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class Index:
         if not about.exists():
             raise FileNotFoundError(f"{folder}: no index of its tars; {advice}")
         try:
-            found = files.read_json(about)
+            found = checksums.read_manifest(about, "read the tars again")
+            checksums.verify_files(about.parent, found, "read the tars again")
             self.tars = [Tar(**tar) for tar in found["tars"]]
             mapped = np.load(
                 about.with_name(found["members"]), mmap_mode="r", allow_pickle=False
@@ -258,7 +260,8 @@ def _write(home: Path, tars: Sequence[Tar], columns: np.ndarray) -> None:
     with files.replacing(home / name) as temporary, temporary.open("wb") as file:
         np.save(file, columns)
     about = {"images": columns.shape[1], "members": name, "kit": kit.__version__}
-    files.write_json(home / "tars.json", about | {"tars": listed})
+    about["checksums"] = checksums.compute_checksums(home, [name])
+    checksums.write_manifest(home / "tars.json", about | {"tars": listed})
     for path in [*home.glob("members-*.npy"), *home.glob("parts/*.npy")]:
         if path.name != name:
             path.unlink()

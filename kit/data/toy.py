@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -235,7 +236,10 @@ def main() -> None:
     for name in ("landmarks", "images", "side", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(ToyConfig, name))
     options = vars(parser.parse_args())
-    print(render(options.pop("folder"), ToyConfig(**options)))
+    try:
+        print(render(options.pop("folder"), ToyConfig(**options)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"toy: {error}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kit import files
 from kit.features.certified.task import pack, unpack
+from kit.features.screen import refuse_odd
 from kit.features.search import Neighbours, Rows, knn, stored
 
 KINDS = ("flat", "ivfpq")
 BLOCK = 16_384  # rows converted at a time
+CENTROIDS = 256  # of each part of a product code: one byte
 TRAINED_ON = 64  # rows for each centroid that k-means finds
 
 
@@ -50,9 +52,15 @@ def knn_faiss(
         raise ValueError(f"kind is {kind!r}; choose from {', '.join(KINDS)}")
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
+    if min(codes, probe, refine, 1 if lists is None else lists) < 1:
+        raise ValueError(
+            f"lists is {lists}, codes {codes}, probe {probe} and refine {refine}; each must "
+            "be at least 1"
+        )
     queries, rows = stored(query, "queries"), stored(database, "database")
     if not len(rows):
         raise ValueError("the database has no rows")
+    _refuse_odd(queries, rows)
     index = _flat(rows) if kind == "flat" else _ivfpq(rows, lists, codes, probe)
     wanted = k if kind == "flat" else k * refine
     _, found = index.search(queries.float().numpy(), min(wanted, len(rows)))
@@ -62,6 +70,7 @@ def knn_faiss(
 def int8_copy(database: Rows, folder: Path) -> Path:
     """Writes int8.npy (N, D) and scales.npy (N,) float32; row = scale x integers."""
     rows = stored(database, "database")
+    _refuse_odd(rows)
     codes, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
     for start in range(0, len(rows), BLOCK):
         here = slice(start, start + BLOCK)
@@ -81,7 +90,10 @@ def savings(
     codes: bytes a row of the product quantisers, without those that do not divide D.
     """
     queries, rows = stored(query, "queries"), stored(database, "database")
-    exact, dim = knn(queries, rows, k).rows, rows.shape[1]
+    dim = rows.shape[1]
+    if any(dim % size == 0 for size in codes):
+        _refuse_few(len(rows))
+    exact = knn(queries, rows, k).rows
     coarse = torch.cat([_restored(*_int8(part.float())) for part in rows.split(BLOCK)])
     copies = [("int8", dim + 4.0, knn(queries, coarse, k).rows)]
     for size in codes:
@@ -99,6 +111,23 @@ def savings(
         )
         result.append(saving)
     return result
+
+
+def _refuse_few(count: int) -> None:
+    if count < CENTROIDS:
+        raise ValueError(
+            f"{count} rows are fewer than the {CENTROIDS} centroids that a product code "
+            "learns; search them exactly, or by kind flat"
+        )
+
+
+def _refuse_odd(*sides: Tensor) -> None:
+    """Names a row that is neither of unit length nor zero, such as one with NaN."""
+    for rows in sides:
+        for start in range(0, len(rows), BLOCK):
+            part = rows[start : start + BLOCK].float()
+            numbers = torch.arange(start, start + len(part))
+            refuse_odd(torch.linalg.vector_norm(part, dim=1), numbers)
 
 
 def _int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +156,9 @@ def _flat(rows: Tensor):
 def _ivfpq(rows: Tensor, lists: int | None, codes: int, probe: int):
     if rows.shape[1] % codes:
         raise ValueError(f"{codes} codes do not divide {rows.shape[1]} dimensions")
+    _refuse_few(len(rows))
+    if lists is not None and lists > len(rows):
+        raise ValueError(f"{lists} lists are more than the {len(rows)} rows")
     lists = lists or 1 << max(0, (len(rows).bit_length() - 1) // 2)
     index = _trained(f"IVF{lists},PQ{codes}", rows, lists)
     index.nprobe = min(probe, lists)
@@ -138,7 +170,7 @@ def _trained(factory: str, rows: Tensor, lists: int = 1):
     import faiss
 
     index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    step = max(1, len(rows) // (TRAINED_ON * max(lists, 256)))
+    step = max(1, len(rows) // (TRAINED_ON * max(lists, CENTROIDS)))
     index.train(rows[::step].float().numpy())
     for part in rows.split(BLOCK):
         index.add(part.float().numpy())

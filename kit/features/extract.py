@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import config, files, launch
+from kit import checksums, config, files, launch
 from kit.data import lists, tars
 from kit.data.images import packed
 from kit.data.inputs import InputSpec
@@ -48,6 +48,10 @@ class Job:
     max_unreadable: float = 0.2  # share of the list; more looks like a lost disk
     # lists whose stores, in <model>/<known>, already have some of the images
     known: tuple[str, ...] = ()
+    # folders like `features` whose stores, of the same weights and views, may have some, too
+    others: tuple[str, ...] = ()
+    # ids that stores of `known` and `others` have for the list's images; empty: the list's own
+    known_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         config.check(self, least={"batch": 1, "workers": 0, "max_unreadable": 0})
@@ -78,7 +82,12 @@ def untrained(net: nets.NetConfig, folder: Path) -> Path:
     """Saves the pretrained backbone, pooled and without a neck: where a recipe starts."""
     net = replace(net, neck="none")
     about = folder / "model.json"
-    if not about.exists() or nets.load(folder).config != net:
+    try:
+        whole = about.exists() and nets.load(folder).config == net
+    except checksums.Damaged as error:
+        log.warning("%s", error)
+        whole = False
+    if not whole:
         nets.save(nets.build(net), folder, seen={})
     return folder
 
@@ -165,9 +174,30 @@ def _target(
     views = job.views.facts(spec)
     model = {"name": name, "hash": about["hash"]}
     stores = [job.features / name / other for other in job.known]
-    there = Known([load_known(path, about["hash"], views) for path in stores], ids)
+    found = [load_known(path, about["hash"], views) for path in stores]
+    found += _others(job, name, about["hash"], views)
+    called = np.array(job.known_as, "U16") if job.known_as else ids
+    if len(called) != len(ids):
+        raise ValueError(f"known_as has {len(called)} ids for {len(ids)} images")
+    there = Known(found, called)
     facts = {"model": model, "list": of, "seen": about["seen"]} | views
     return _Target(spec, about["dim"], facts, there)
+
+
+def _others(
+    job: Job, name: str, model_hash: str, views: dict[str, Any]
+) -> list[store.Features]:
+    """The complete stores of a model in `job.others`; those of other weights or views are not."""
+    found = []
+    for folder in job.others:
+        for manifest in sorted((Path(folder) / name).glob("*/manifest.json")):
+            if manifest.parent == job.store(name):
+                continue
+            try:
+                found.append(load_known(manifest.parent, model_hash, views))
+            except (ValueError, OSError):
+                continue
+    return found
 
 
 def _spec(about: dict[str, Any]) -> InputSpec:
@@ -245,9 +275,9 @@ def settle(job: Job) -> int:
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(config.read(Job, Path(path)))
+    run(job)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 graph/<model>/<list>/rows.npy        (N, k) int32, best first; -1 where there are no more
                      scores.npy      (N, k) float32 inner products; -inf there
                      done.npy        (blocks,) uint8
-                     manifest.json   the features it was made of, k; `complete` at the end
+                     manifest.json   the features it was made of, k; `complete`, checksums at the end
 
 `python -m kit.features.graph JOB.json`, alone or under torchrun; `build` does the work. No image is
 its own neighbour; an unreadable one has none and is nobody's.
@@ -20,13 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from kit import config, files, launch
+from kit import checksums, config, files, launch
 from kit.features import search, store
 from kit.features.store import Features
 from kit.features.views import Views
 
 log = logging.getLogger(__name__)
 
+REPAIR = (
+    "make it again: --force the pipeline's 03_features step, or build the graph again"
+)
+FILES = ("rows.npy", "scores.npy", "done.npy")
 BLOCK = 4_096  # rows that are searched, and marked done, together
 
 
@@ -74,9 +78,11 @@ def build(job: Job) -> Path:
             if rank.world > 1:
                 dist.barrier()
             if rank.main:
-                manifest = files.read_json(job.out / "manifest.json")
-                files.write_json(
-                    job.out / "manifest.json", manifest | {"complete": True}
+                _check_done(job.out)
+                manifest = checksums.read_manifest(job.out / "manifest.json", REPAIR)
+                made = {"checksums": checksums.compute_checksums(job.out, FILES)}
+                checksums.write_manifest(
+                    job.out / "manifest.json", manifest | made | {"complete": True}
                 )
     return job.out
 
@@ -91,25 +97,31 @@ def identity(features: Features) -> dict[str, object]:
 def load(folder: Path, features: Features | None = None) -> Graph:
     """The complete graph in `folder`, refused unless it is that of `features`, if given."""
     if not (folder / "manifest.json").exists():
-        raise FileNotFoundError(f"no graph in {folder}; build it first")
-    about = files.read_json(folder / "manifest.json")
+        raise FileNotFoundError(
+            f"no graph in {folder}; build it first: 03_extract_features"
+        )
+    about = checksums.read_manifest(
+        folder / "manifest.json", REPAIR, ("features", "k", "complete")
+    )
     if not about["complete"]:
-        raise ValueError(f"{folder}: the graph is not finished; build it again")
+        raise ValueError(
+            f"{folder}: the graph is not finished; build it again: 03_extract_features"
+        )
     if features is not None and about["features"] != identity(features):
         name = features.manifest["list"]["name"]
         raise ValueError(
-            f"{folder}: not the graph of these features of {name}; build it again"
+            f"{folder}: not the graph of these features of {name}; build it again: 03_extract_features"
         )
+    checksums.verify_files(folder, about, REPAIR, FILES[:2])
     rows, scores = (
-        np.load(folder / name, mmap_mode="r", allow_pickle=False)
-        for name in ("rows.npy", "scores.npy")
+        np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES[:2]
     )
     return Graph(rows, scores)
 
 
 def _create(folder: Path, length: int, k: int, about: dict[str, object]) -> None:
     manifest = folder / "manifest.json"
-    if manifest.exists() and about.items() <= files.read_json(manifest).items():
+    if checksums.is_resumable(folder, about, FILES):
         return
     for name in ("manifest.json", "done.npy", "rows.npy", "scores.npy"):
         (folder / name).unlink(missing_ok=True)
@@ -117,24 +129,21 @@ def _create(folder: Path, length: int, k: int, about: dict[str, object]) -> None
     store.allocate(folder / "rows.npy", (length, k), np.int32)
     store.allocate(folder / "scores.npy", (length, k), np.float32)
     store.allocate(folder / "done.npy", (-(-length // BLOCK),), np.uint8)
-    files.write_json(manifest, about | {"complete": False})
+    checksums.write_manifest(manifest, about | {"complete": False})
 
 
 def _fill(job: Job, features: Features, rank: launch.Rank) -> None:
-    rows, scores, done = (
-        np.load(job.out / name, mmap_mode="r+", allow_pickle=False)
-        for name in ("rows.npy", "scores.npy", "done.npy")
-    )
+    done = np.load(job.out / "done.npy", allow_pickle=False)
     todo = [int(b) for b in range(rank.rank, len(done), rank.world) if not done[b]]
     skip = ~features.readable()
     started = told = time.monotonic()
     for count, block in enumerate(todo, 1):
         here = slice(block * BLOCK, min((block + 1) * BLOCK, len(features)))
-        scores[here], rows[here] = _neighbours(features, here, job.k, skip)
-        scores.flush()  # the mark must not reach the disk before its block
-        rows.flush()
-        done[block] = 1
-        done.flush()
+        scores, rows = _neighbours(features, here, job.k, skip)
+        store.write_rows(job.out / "scores.npy", here.start, scores)
+        store.write_rows(job.out / "rows.npy", here.start, rows)
+        # last: the mark must not reach the disk before its block
+        store.write_rows(job.out / "done.npy", block, np.ones(1))
         if rank.main and (count == len(todo) or time.monotonic() - told > 10):
             told = time.monotonic()
             speed = count * BLOCK / (told - started)
@@ -148,6 +157,15 @@ def _fill(job: Job, features: Features, rank: launch.Rank) -> None:
                 f"{job.out}: stopped after {count} of {len(todo)} blocks, the time is "
                 "over; run it again to go on"
             )
+
+
+def _check_done(folder: Path) -> None:
+    done = np.load(folder / "done.npy", allow_pickle=False)
+    if not done.all():
+        raise RuntimeError(
+            f"{folder}: {int((done == 0).sum())} of {len(done)} blocks are missing, such as "
+            f"block {int(done.argmin())}; run the same command again"
+        )
 
 
 def _neighbours(
@@ -169,9 +187,9 @@ def _neighbours(
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    build(config.read(Job, Path(path)))
+    build(job)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,28 @@
 """screen.npy: a bfloat16 copy of a store's vectors, which a CPU screens at gemm speed.
 
 features/<model>/<list>/screen.npy    (N, D) uint16: the bits of bfloat16, rounded to nearest
-                        screen.json   the vectors it is a copy of (SHA-256, size, time), and
-                                      what the proof of the search needs (`Screen`)
+                        screen.json   checksums of the copy and of the vectors it was made from,
+                                      and what the proof of the search needs (`Screen`)
 
 The copy is written beside the store, once, by `python -m kit.features.screen FOLDER ...`. It
-belongs to one content of vectors.npy. While size and time of that file are those written down,
-nothing is read to know it; otherwise (the folder was copied) its hash decides, and a copy of other
-vectors is ignored with a warning until `build` has replaced it.
+belongs to one content of vectors.npy: a copy of other vectors is ignored with a warning until
+`build` has replaced it. A damaged copy is refused.
 """
 
 import argparse
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kit import files
+from kit import checksums, files
 from kit.features import store
 from kit.features.store import Features
 
@@ -49,19 +47,22 @@ class Screen(NamedTuple):
 
 def build(folder: Path) -> Path:
     """Writes the copy of the complete store in `folder`, unless it is there already."""
-    vectors = store.load(folder).vectors
-    path = folder / "screen.npy"
-    if _fits(folder, vectors):
-        return path
+    features = store.load(folder)
+    vectors, path = features.vectors, folder / "screen.npy"
+    try:
+        if _bounds(folder, features) is not None:
+            return path
+    except checksums.Damaged as error:
+        log.warning("%s", error)
     (folder / "screen.json").unlink(missing_ok=True)
     with files.replacing(path) as temporary:
         store.allocate(temporary, vectors.shape, np.uint16)
         bounds = _fill(temporary, vectors)
     about = {
-        "vectors": _identity(folder),
-        "sha256": files.sha256(folder / "vectors.npy"),
+        "vectors": features.manifest["checksums"]["vectors.npy"],
+        "checksums": checksums.compute_checksums(folder, ["screen.npy"]),
     }
-    files.write_json(folder / "screen.json", about | bounds._asdict())
+    checksums.write_manifest(folder / "screen.json", about | bounds._asdict())
     return path
 
 
@@ -72,11 +73,12 @@ def of(features: Features) -> Screen | None:
     if name is None or not vectors.flags.c_contiguous:
         return None
     folder = Path(name).parent
-    if Path(name).name != "vectors.npy" or not _fits(folder, vectors):
+    if Path(name).name != "vectors.npy":
         return None
-    about = files.read_json(folder / "screen.json")
+    bounds = _bounds(folder, features)
+    if bounds is None:
+        return None
     copy = np.load(folder / "screen.npy", mmap_mode="r", allow_pickle=False)
-    bounds = Bounds(about["longest"], about["off"])
     return Screen(mapped(copy.view(np.int16)).view(torch.bfloat16), bounds)
 
 
@@ -158,25 +160,24 @@ def _fill(path: Path, vectors: np.ndarray) -> Bounds:
     return bounds
 
 
-def _fits(folder: Path, vectors: np.ndarray) -> bool:
-    """Whether a whole copy of exactly these vectors is there."""
+def _bounds(folder: Path, features: Features) -> Bounds | None:
+    """Of the whole copy of exactly these vectors, if it is there; a damaged one is refused."""
     about_file, path = folder / "screen.json", folder / "screen.npy"
     if not (about_file.exists() and path.exists()):
-        return False
-    about: dict[str, Any] = files.read_json(about_file)
-    copy = np.load(path, mmap_mode="r", allow_pickle=False)
-    if copy.shape == vectors.shape and copy.dtype == np.uint16:
-        if about["vectors"] == _identity(folder):
-            return True
-        if about["sha256"] == files.sha256(folder / "vectors.npy"):
-            return True
-    log.warning("%s: a copy of other vectors, not used; build it again", path)
-    return False
-
-
-def _identity(folder: Path) -> list[int]:
-    status = os.stat(folder / "vectors.npy")
-    return [status.st_size, status.st_mtime_ns]
+        return None
+    repair = f"run python -m kit.features.screen {folder}, or remove both files"
+    needed = ("vectors", "longest", "off")
+    about = checksums.read_manifest(about_file, repair, needed)
+    whole = features.manifest.get("rows") == len(features)
+    if not whole or about["vectors"] != features.manifest["checksums"]["vectors.npy"]:
+        log.warning(
+            "%s: a copy of other vectors, not used; build it again: "
+            "python -m kit.features.screen %s",
+            *(path, folder),
+        )
+        return None
+    checksums.verify_files(folder, about, repair, ["screen.npy"])
+    return Bounds(about["longest"], about["off"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

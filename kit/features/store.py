@@ -2,11 +2,13 @@
 
 features/<model>/<list>/ids.npy         (N,) U16, each image once, in the list's order
                         vectors.npy     (N, D) float16, unit length; zeros where unreadable
-                        done.npy        (blocks,) uint8
+                        done.npy        (blocks,) uint8; 2 where some images were unreadable
                         manifest.json   model, list, what both saw, how an image was looked at,
-                                        counts; `complete` at the end
+                                        counts; `complete` and checksums at the end
 """
 
+import errno
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,16 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 import kit
-from kit import files
+from kit import checksums, files
+
+REPAIR = (
+    "make it again: --force the pipeline's 03_features step, or 03_extract_features"
+)
+FIELDS = ("complete", "rows", "dim", "block", "unreadable")
+WHOLE, WITH_ZEROS = 1, 2  # marks of a block
+FILES = ("ids.npy", "vectors.npy", "done.npy")
+NO_FALLOCATE = errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF
+CHUNK = 1 << 23  # bytes of zeros that are written at once
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,12 @@ def create(
     """Prepares a store to be filled; returns its block bitmap (1: already there).
 
     A store of the same `about` goes on where it stopped, one that was finished without some
-    blocks too; another one there is replaced. Space is taken at once, so that a full disk is an
-    error here and not a crash in the middle.
+    blocks too; another one there is replaced, and a damaged one. Space is taken at once, so that a
+    full disk is an error here and not a crash in the middle.
     """
     manifest = folder / "manifest.json"
     facts = {**about, "rows": len(ids), "dim": dim, "block": block}
-    same = manifest.exists() and facts.items() <= files.read_json(manifest).items()
+    same = checksums.is_resumable(folder, facts, FILES)
     if not same:
         for name in ("manifest.json", "done.npy", "ids.npy", "vectors.npy"):
             (folder / name).unlink(missing_ok=True)
@@ -103,10 +114,11 @@ def create(
         _save(folder / "ids.npy", ids.astype("U16"))
         _save(folder / "done.npy", np.zeros(-(-len(ids) // block), np.uint8))
         unfinished = {"complete": False, "unreadable": [], "kit": kit.__version__}
-        files.write_json(manifest, facts | unfinished)
+        checksums.write_manifest(manifest, facts | unfinished)
     done = np.load(folder / "done.npy", allow_pickle=False)
     if same and not done.all():
-        files.write_json(manifest, files.read_json(manifest) | {"complete": False})
+        about = checksums.read_manifest(manifest, REPAIR)
+        checksums.write_manifest(manifest, about | {"complete": False})
     return done
 
 
@@ -119,13 +131,11 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.block = files.read_json(folder / "manifest.json")["block"]
-        maps = [
-            np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            for name in ("vectors.npy", "done.npy")
-        ]
-        self.vectors_at, self.done_at = (each.offset for each in maps)
-        (self.rows, self.dim), self.done = maps[0].shape, np.array(maps[1])
+        about = checksums.read_manifest(folder / "manifest.json", REPAIR, FIELDS)
+        self.block = about["block"]
+        vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        self.rows, self.dim = vectors.shape
+        self.done = np.load(folder / "done.npy", allow_pickle=False)
 
     def write(self, number: int, vectors: np.ndarray, mark: bool = True) -> None:
         """The (n, D) vectors of block `number`, then its mark, each down to the disk.
@@ -138,12 +148,10 @@ class Writer:
             raise ValueError(
                 f"{self.folder}: block {number} is {expected}, not {vectors.shape}"
             )
-        half = np.ascontiguousarray(vectors, np.float16)
-        at = self.vectors_at + first * self.dim * half.itemsize
-        _overwrite(self.folder / "vectors.npy", at, half.tobytes())
+        write_rows(self.folder / "vectors.npy", first, vectors)
         if mark:
-            _overwrite(self.folder / "done.npy", self.done_at + number, b"\1")
-            self.done[number] = 1
+            self.done[number] = WHOLE if vectors.any(axis=1).all() else WITH_ZEROS
+            write_rows(self.folder / "done.npy", number, self.done[number, None])
 
 
 def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> int:
@@ -159,13 +167,21 @@ def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> 
         )
     ids = np.load(folder / "ids.npy", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-    about = files.read_json(folder / "manifest.json")
+    about = checksums.read_manifest(folder / "manifest.json", REPAIR, FIELDS)
     zero = np.concatenate(
         [
             ~vectors[start : start + 16_384].any(axis=1)
             for start in range(0, len(ids), 16_384)
         ]
     )
+    lost = np.unique(np.flatnonzero(zero) // about["block"])
+    lost = lost[done[lost] == WHOLE]
+    if len(lost):
+        done[lost] = 0
+        raise ValueError(
+            f"{folder / 'vectors.npy'}: block {lost[0]} has zero rows, but its images were "
+            f"readable; the disk lost them; {REPAIR}"
+        )
     if lacking and zero.all():
         raise RuntimeError(f"{folder}: not one image's features are there")
     names = [str(name) for name in ids[zero]]
@@ -176,24 +192,25 @@ def finish(folder: Path, max_unreadable: float = 1.0, lacking: bool = False) -> 
             f"read, more than a share of {max_unreadable}; for example "
             + ", ".join(names[:5])
         )
-    files.write_json(
-        folder / "manifest.json", about | {"complete": True, "unreadable": names}
-    )
+    made = {"complete": True, "unreadable": names}
+    made["checksums"] = checksums.compute_checksums(folder, FILES)
+    checksums.write_manifest(folder / "manifest.json", about | made)
     return len(names)
 
 
 def load(folder: Path) -> Features:
-    """The complete store in `folder`."""
+    """The complete store in `folder`; one whose files have changed since is refused."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
         raise FileNotFoundError(
             f"no features in {folder}; run 03_extract_features first"
         )
-    about = files.read_json(manifest)
+    about = checksums.read_manifest(manifest, REPAIR, FIELDS)
     if not about["complete"]:
         raise ValueError(
             f"{folder}: extraction has not finished; run 03_extract_features again"
         )
+    checksums.verify_files(folder, about, REPAIR, FILES[:2])
     ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     if vectors.shape != (about["rows"], about["dim"]) or len(ids) != about["rows"]:
@@ -212,15 +229,22 @@ def expect(
         if wanted and found["hash"] != wanted:
             raise ValueError(
                 f"features of {kind} {found['name']}: hash {found['hash'][:12]} is not the "
-                f"expected {wanted[:12]}; extract them again"
+                f"expected {wanted[:12]}; extract them again: 03_extract_features"
             )
     return features
 
 
-def _overwrite(path: Path, at: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
+def write_rows(path: Path, first: int, rows: np.ndarray) -> None:
+    """Overwrite the rows of an .npy file from `first` on, down to the disk.
+
+    No other row's bytes are written, so processes on any machines may write theirs at once: a
+    memory map writes whole pages, which on a network disk bring back old rows of others.
+    """
+    there = np.load(path, mmap_mode="r", allow_pickle=False)
+    data = np.ascontiguousarray(rows, there.dtype)
+    with files.explain_errors(path, size=data.nbytes), path.open("r+b") as file:
+        file.seek(there.offset + first * there.strides[0])
+        file.write(data.data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -230,23 +254,23 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def allocate(path: Path, shape: tuple[int, int], dtype: type) -> None:
+def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """An .npy file of zeros with its blocks taken on disk: a sparse map on a full disk dies by SIGBUS."""
     header = {
         "descr": npy.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
         "shape": shape,
     }
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    # readable: where the disk cannot take blocks, the C library reads and writes in each
+    with files.replacing(path, size) as temporary, temporary.open("w+b") as file:
         npy.write_array_header_1_0(file, header)
         file.flush()
         if size:
             try:
                 os.posix_fallocate(file.fileno(), 0, file.tell() + size)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"no room for {size / 1e9:.2f} GB of features ({error.strerror})",
-                    str(path),
-                ) from None
+            except (AttributeError, OSError) as error:  # no such call: macOS, musl
+                if getattr(error, "errno", 0) not in (0, *NO_FALLOCATE):
+                    raise
+                for start in range(0, size, CHUNK):
+                    file.write(bytes(min(CHUNK, size - start)))

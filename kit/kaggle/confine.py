@@ -3,6 +3,7 @@
 It waits for a word to go, and ends everything as soon as the process that started it lets go.
 """
 
+import argparse
 import ctypes
 import fcntl
 import json
@@ -28,7 +29,11 @@ READY, GO = b"ready", b"go"
 
 def main() -> None:
     """Confines this process, runs the command when told to, and ends with its code."""
-    spec = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "spec", type=json.loads, help="JSON; kit.kaggle.sandbox starts it"
+    )
+    spec = parser.parse_args().spec
     root, control = Path(spec["root"]), socket.socket(fileno=0)
     try:
         (_isolate if spec["isolated"] else _adopt)(spec)

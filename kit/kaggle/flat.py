@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from kit import files
+from kit import checksums, files
 from kit.kaggle import manifest
 
 SEPARATOR = "__"
@@ -63,7 +63,9 @@ def carry(path: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     to.unlink(missing_ok=True)
     if path.suffix == ".json":
-        files.write_json(to, _portable(files.read_json(path)))
+        value = _portable(files.read_json(path))
+        sealed = isinstance(value, dict) and checksums.SEAL in value
+        (checksums.write_manifest if sealed else files.write_json)(to, value)
         return
     try:
         os.link(path.resolve(), to)

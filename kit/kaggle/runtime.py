@@ -1,5 +1,6 @@
 """Where Kaggle mounts things, which run this is, which GPUs work, and how much time is left."""
 
+import argparse
 import json
 import logging
 import os
@@ -285,6 +286,7 @@ def _try(number: int) -> None:
 
 def main() -> None:
     """Prints the GPUs as JSON."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     import torch
 
     found = []

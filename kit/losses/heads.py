@@ -12,6 +12,7 @@ from kit import config
 from kit.losses import margins, pairs, sharded
 
 MOST = 1 << 24  # classes: their numbers travel as float32
+ANGULAR = ("arcface", "adacos")  # whose margin is an angle
 LOSSES = ("arcface", "cosface", "am_softmax", "adacos", "circle", "softmax")
 
 
@@ -45,14 +46,31 @@ class Head:
     def __post_init__(self) -> None:
         rest = ("sampled", "adacos_angle", "centres")
         numbers = [name for name in config.field_names(self) if name != "loss"]
+        weights = ("noisy_weight", "triplet", "contrastive", "centre_loss")
+        distances = ("triplet_margin", "contrastive_margin")
+        angular = self.loss in ANGULAR
         config.check(
             self,
             "head",
             least={name: 0 for name in numbers if name not in rest}
             | {"sampled": 1e-9, "adacos_angle": 0, "centres": 1},
-            most={"sampled": 1, "smoothing": 1, "adacos_angle": 1.5, "centre_rate": 1},
+            most={"sampled": 1, "adacos_angle": 1.5, "centre_rate": 1}
+            | {"scale": 10_000, "centres": 100, "margin_epochs": 10_000}
+            | dict.fromkeys(("rare_power", "class_power"), 10)
+            | dict.fromkeys(weights, 1_000)
+            | dict.fromkeys(distances, 2),  # of vectors of length 1
+            below={"smoothing": 1},
             choices={"loss": LOSSES},
         )
+        largest = math.pi / 2 if angular else 1.0
+        for names in (("margin",), ("margin_start",), ("margin", "rare_margin")):
+            value = sum(getattr(self, name) for name in names)
+            if value > largest:
+                hint = f", an angle in radians; {value:g} degrees are {math.radians(value):.4f}"
+                raise ValueError(
+                    f"head: {' + '.join(names)} is {value:g}, not at most {largest:g} for "
+                    f"{self.loss}{hint if angular else ''}"
+                )
         if self.loss == "softmax" and self.centres > 1:
             raise ValueError(
                 "head: softmax has no centres to choose from; set centres=1"

@@ -12,6 +12,7 @@ from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from kit.data.inputs import InputSpec
 from kit.models import fishnet, ibn
 
 
@@ -69,6 +70,13 @@ def create(
     if stride:
         set_stride_16(backbone, name)
     return backbone
+
+
+def input_spec(name: str) -> InputSpec:
+    """What timm's release of a backbone was trained with: size of the square, mean, deviation."""
+    preset = PRESETS.get(name) or Preset(_known(name))
+    about = timm.models.get_pretrained_cfg(preset.timm)
+    return InputSpec(about.input_size[-1], mean=about.mean, std=about.std)
 
 
 def maps(backbone: nn.Module, x: Tensor, stages: int = 1) -> list[Tensor]:

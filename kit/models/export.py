@@ -93,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)  # the exporter's own notes stay unsaid
-    onnx(given.folder, given.out, given.size and tuple(given.size))
+    try:
+        onnx(given.folder, given.out, given.size and tuple(given.size))
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

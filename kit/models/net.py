@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 import kit
+from kit import checksums, files
 from kit import config as configs
-from kit import files
 from kit.data.inputs import InputSpec
 from kit.models import backbones, pooling, references
 from kit.models.weights import fill, load_backbone, load_strictly, write_weights
 
 NECKS = ("bn", "none")
 INITS = {"uniform": nn.init.xavier_uniform_, "normal": nn.init.xavier_normal_}
+REPAIR = "make it again: --force the pipeline's 02_train step (of untrained: 03_features_untrained)"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -29,7 +30,9 @@ class NetConfig:
     """Everything that rebuilds a network before its weights are loaded."""
 
     backbone: str = "resnet50"  # a name that kit.models.backbones or timm knows
-    pretrained: str = ""  # "timm" (its hub), "lite0" (the package), a file; "": none
+    pretrained: str = (
+        ""  # "timm" (its hub), "lite0" to "lite2" (packages), a file; "": none
+    )
     stride: int = 0  # pixels a step of the last map stands for; 0: the backbone's own
     drop_path: float = 0.0  # largest rate of stochastic depth
     pool: str = "G"  # kit.models.pooling: "G", "G,G,G,G", "SMG,MG,G,G", "dolg", ...
@@ -189,9 +192,10 @@ def save(net: nn.Module, folder: Path, seen: dict[str, str]) -> Path:
         "dim": net.dim,
         "seen": seen,
         "hash": files.sha256(folder / "model.safetensors"),
+        "checksums": checksums.compute_checksums(folder, ["model.safetensors"]),
         "kit": kit.__version__,
     }
-    files.write_json(folder / "model.json", about)
+    checksums.write_manifest(folder / "model.json", about)
     return folder
 
 
@@ -212,8 +216,8 @@ def load_weights(net: EmbeddingNet, folder: Path) -> None:
     """Fills `net` from `folder`; refuses weights that model.json does not describe."""
     path = folder / "model.safetensors"
     if not path.exists() or files.sha256(path) != describe(folder)["hash"]:
-        raise ValueError(
-            f"{path} is not the file that model.json describes; run the stage again"
+        raise checksums.Damaged(
+            f"{path} is not the file that model.json describes; {REPAIR}"
         )
     load_strictly(net, load_file(path), path)
 
@@ -225,7 +229,7 @@ def describe(folder: Path) -> dict:
         raise FileNotFoundError(
             f"no model in {folder}; run 02_train_stage for it first"
         )
-    return files.read_json(path)
+    return checksums.read_manifest(path, REPAIR, ("config", "dim", "seen", "hash"))
 
 
 def _batch_norms(net: nn.Module) -> list[nn.Module]:

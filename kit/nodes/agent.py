@@ -4,12 +4,15 @@
 launcher's process id, a folder for this run's logs, a `Node` as JSON, and torchrun's flags.
 """
 
+import argparse
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
-import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +24,46 @@ if TYPE_CHECKING:
 
 AGENT = "KIT_LAUNCH_AGENT"  # process id of the torchrun a rank belongs to
 FOLDER = "KIT_LAUNCH_FOLDER"  # of this run's logs
+ORPHANED = 8.0  # seconds in which torchrun may end its ranks once the launcher is gone
+LENGTH = 1000  # characters of a cause
+HINTS = (  # what a cause says, and what to do about it
+    (
+        r"shared memory|/dev/shm|bus error",
+        "; give /dev/shm more room (docker: --shm-size), or take --workers 0",
+    ),
+    (
+        r"DataLoader worker .*(killed|exited unexpectedly)",
+        "; is the memory full? fewer --workers, or a smaller batch, need less",
+    ),
+)
 
 
 def main(arguments: list[str]) -> None:
     """Runs torchrun; the exit status and CAUSE in FOLDER say how that ended."""
-    launcher, folder, node, *flags = arguments
+    parser = argparse.ArgumentParser(description="torchrun; kit.launch starts it.")
+    parser.add_argument("launcher", type=int, help="process that it ends with")
+    parser.add_argument("folder", help="of this run's logs")
+    parser.add_argument("node", type=json.loads, help="kit.nodes.peers.Node as JSON")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of torchrun")
+    given = parser.parse_args(arguments)
+    folder, flags = given.folder, given.flags
     # Popen's `preexec_fn` may deadlock where there are threads, as in a notebook kernel
-    end_with(int(launcher), signal.SIGTERM)
+    end_with(given.launcher, signal.SIGTERM)
+    threading.Thread(target=_end_late, args=(given.launcher,), daemon=True).start()
     os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
-    where, run = Node(**json.loads(node)), Path(folder)
+    where, run = Node(**given.node), Path(folder)
     if where.nodes == 1:
         _alone(run, flags)
     else:
         _together(Peers(where, run), flags)
+
+
+def _end_late(launcher: int) -> None:
+    """Kill this process, and so its ranks, where the signal of `end_with` does not end it."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    time.sleep(ORPHANED)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _alone(run: Path, flags: list[str]) -> None:
@@ -100,9 +130,27 @@ def cause(rank: int, failure: "ProcessFailure", run: Path) -> str:
     folders = run.glob(f"*/attempt_*/{failure.local_rank}")
     log = max(folders, key=lambda path: path.stat().st_mtime) / "stderr.log"
     if isinstance(failure.message, dict):  # from the error file that `record` wrote
-        said = textwrap.shorten(failure.message["message"], 500, placeholder=" ...")
+        said = name_cause(failure.message["message"])
         return f"rank {rank}: {said}; its log is {log}"
     return f"rank {rank} {ended(failure.exitcode, log)}; its log is {log}"
+
+
+def name_cause(text: str) -> str:
+    """What an exception says, on one line, and what to do about it where that is known.
+
+    Of a traceback in it, as a loader's process sends, the last exception; of a long text
+    its start and its end.
+    """
+    trace = text.rpartition("Traceback (most recent call last):")[2]
+    if trace != text:  # frames are indented, the exception is not
+        lines = trace.strip("\n").split("\n")
+        ends = [n for n, line in enumerate(lines) if line and not line[0].isspace()]
+        text = "\n".join(lines[ends[0] :]) if ends else trace
+    said = " ".join(text.split())
+    if len(said) > LENGTH:
+        said = f"{said[: LENGTH // 3]} ... {said[-LENGTH * 2 // 3 :]}"
+    hints = (hint for pattern, hint in HINTS if re.search(pattern, said, re.IGNORECASE))
+    return said + next(hints, "")
 
 
 def ended(code: int, log: Path) -> str:
@@ -112,7 +160,7 @@ def ended(code: int, log: Path) -> str:
         return f"was killed by {name}" + " (out of memory?)" * (name == "SIGKILL")
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    return f"exited with code {code}: {textwrap.shorten(last, 500, placeholder=' ...')}"
+    return f"exited with code {code}: {name_cause(last)}"
 
 
 def end_with(parent: int, number: int) -> None:
@@ -122,9 +170,18 @@ def end_with(parent: int, number: int) -> None:
     its own, so a signal to torchrun's group would not reach the ranks.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    else:  # as macOS: who looks twice a second has to do
+        threading.Thread(target=_watch, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), number)
+
+
+def _watch(parent: int, number: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class Addends:
             raise ValueError(
                 "groups and by_group come together; one of them is missing"
             )
+        if self.by_group is not None and not self.by_group.shape[1]:
+            # no row is in any group: one group of nobody, so that a column can be read
+            nobody = self.by_group.new_zeros(len(self.by_group), 1)
+            object.__setattr__(self, "by_group", nobody)
         if self.members is not None:
             _check_members(*self.members)
         for name, values in (

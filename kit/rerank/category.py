@@ -75,7 +75,7 @@ def expand_category(
             f"{len(references)} references with {len(reference_labels)} labels"
         )
     inverted = invert(reference_labels)
-    voted = torch.where(near >= 0, reference_labels[near.clamp(min=0)], -1)
+    voted = order.named(reference_labels, near)
     promoted = torch.cat(
         [
             _best_cosine(inverted, some, index, at, references) > above

@@ -10,7 +10,6 @@ A step is of one of three kinds, and a chain has them in this order:
     ranking      rows and scores of a shortlist -> the same, in a better order
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +22,12 @@ from kit.rerank.steps import Step
 
 KINDS = (steps.FEATURES, steps.BONUS, steps.RANKING)
 FUSIONS = ("scores", "tags", "ranks")
+# steps with fixed parameters under one name: nothing in them is tuned
+NAMED: Mapping[str, tuple[Step, ...]] = {
+    # places with one to ten photographs each, where the published counts of neighbors cover
+    # images of other places
+    "small-places": (steps.Dba(neighbours=3), steps.Local(backend="xfeat")),
+}
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,15 @@ class Chain:
     k: int = 100  # places of a ranking
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError("a chain needs at least one model")
-        for model, weight in self.models.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(
-                    f"the weight of model {model} is {weight}; weights are not negative"
-                )
+        steps.check_models(self.models)
         if self.fusion not in FUSIONS:
             listed = ", ".join(FUSIONS)
             raise ValueError(f"fusion {self.fusion!r} is not one of {listed}")
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}; a ranking has at least one place")
+        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
+        if not whole or not 1 <= self.k <= steps.LARGEST[int]:
+            raise ValueError(
+                f"k is {self.k!r:.50}; a ranking has 1 to {steps.LARGEST[int]} places"
+            )
         refuse_order(self.steps)
 
     def __str__(self) -> str:
@@ -58,6 +60,25 @@ class Chain:
 
     def of(self, kind: str) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.kind == kind)
+
+
+def wide_steps(chosen: Sequence[Step], index: int) -> list[str]:
+    """A sentence for each step that averages over a tenth or more of an index of so many images.
+
+    Such a step mixes places: the published counts are for indexes of hundreds of thousands.
+    """
+    counts = [
+        (step.name, name, getattr(step, name))
+        for step in chosen
+        for name in ("neighbours", "kd", "explore", "k1")
+        if hasattr(step, name)
+    ]
+    return [
+        f"{step}: {name} {count} covers {min(1.0, count / index):.0%} of the index's {index} "
+        "images; take fewer, or small-places"
+        for step, name, count in counts
+        if count > 3 and 10 * count >= index
+    ]
 
 
 def refuse_order(chosen: Sequence[Step]) -> None:

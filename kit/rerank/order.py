@@ -98,6 +98,13 @@ def total(
     return fit(sums, found, k)
 
 
+def named(labels: Tensor, rows: Tensor) -> Tensor:
+    """Labels (N,) of the rows (any shape); -1 where a row is absent."""
+    if not len(labels):
+        return torch.full_like(rows, ABSENT)
+    return labels[rows.clamp(min=0)].masked_fill(rows < 0, ABSENT)
+
+
 def fit(scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """A ranking cut at k places, or filled up to them with absent ones."""
     _wanted(k)

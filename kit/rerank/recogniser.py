@@ -7,7 +7,6 @@ The first step is the vote; steps come in the order of STEPS, each once. A step 
 whole batch of queries: with other queries beside it a query is answered otherwise.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,12 @@ FUSIONS = ("scores", "votes", "ranks")
 
 @dataclass(frozen=True)
 class Vote(
-    Step, name="vote", kind=VOTE, least={"votes": 1}, choices={"worth": tuple(WORTHS)}
+    Step,
+    name="vote",
+    kind=VOTE,
+    least={"votes": 1},
+    largest={"votes": 1_000},
+    choices={"worth": tuple(WORTHS)},
 ):
     """The nearest references vote for their landmarks (kit.rerank.recognition)."""
 
@@ -62,6 +66,7 @@ class Inliers(
     name="inliers",
     kind=VOTE,
     least={"weight": 0, "most": 1, "least_inliers": 0, "side": 32},
+    largest={"side": 16_384},
 ):
     """A vote is worth more where local features confirm it (kit.rerank.local)."""
 
@@ -83,7 +88,13 @@ class Background(
 
 
 @dataclass(frozen=True)
-class Probability(Step, name="probability", kind=CONFIDENCE):
+class Probability(
+    Step,
+    name="probability",
+    kind=CONFIDENCE,
+    least={"offset": -1e15},
+    largest={"slope": 1e15, "offset": 1e15},
+):
     """Confidences as chances of being right; the order stays (Platt, 1999)."""
 
     slope: float = 1.0
@@ -122,15 +133,7 @@ class Recogniser:
     fusion: str = "scores"
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError("recognition needs at least one model")
-        for model, weight in self.models.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(
-                    f"the weight of model {model} is {weight}; weights are not negative"
-                )
-        if not any(self.models.values()):
-            raise ValueError("all models have weight 0")
+        steps.check_models(self.models)
         if self.fusion not in FUSIONS:
             listed = ", ".join(FUSIONS)
             raise ValueError(f"fusion {self.fusion!r} is not one of {listed}")

@@ -11,6 +11,9 @@ from typing import Any, ClassVar, TypeVar
 from kit import config
 
 Plan = TypeVar("Plan")
+# of a field whose step names no other: numbers beyond them are mistakes, or take for ever
+LARGEST = {int: 100_000, float: 1e6}
+LONGEST = 32  # steps of a chain
 FEATURES, BONUS, RANKING = "features", "bonus", "ranking"
 
 
@@ -21,6 +24,8 @@ class Step:
     name: ClassVar[str]
     kind: ClassVar[str]
     least: ClassVar[Mapping[str, float]]
+    largest: ClassVar[Mapping[str, float]]
+    below: ClassVar[Mapping[str, float]]
     choices: ClassVar[Mapping[str, Sequence[str]]]
 
     def __init_subclass__(
@@ -28,17 +33,27 @@ class Step:
         name: str,
         kind: str,
         least: Mapping[str, float] | None = None,
+        largest: Mapping[str, float] | None = None,
+        below: Mapping[str, float] | None = None,
         choices: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        cls.name, cls.kind, cls.least, cls.choices = (
-            name,
-            kind,
-            least or {},
-            choices or {},
-        )
+        cls.name, cls.kind, cls.choices = name, kind, choices or {}
+        cls.least, cls.largest, cls.below = least or {}, largest or {}, below or {}
 
     def __post_init__(self) -> None:
-        config.check(self, f"step {self.name}", least=self.least, choices=self.choices)
+        bounds = {
+            each.name: LARGEST[each.type]
+            for each in fields(self)
+            if each.type in LARGEST
+        }
+        config.check(
+            self,
+            f"step {self.name}",
+            least={name: -value for name, value in bounds.items()} | dict(self.least),
+            most=bounds | dict(self.largest),
+            below=self.below,
+            choices=self.choices,
+        )
 
     def __str__(self) -> str:
         changed = [
@@ -70,6 +85,7 @@ class Dba(
     name="dba",
     kind=FEATURES,
     least={"neighbours": 2, "alpha": 0},
+    largest={"alpha": 100},
     choices={"weigh": ("equal", "decaying", "powered")},
 ):
     """Index images moved towards their neighbours (kit.rerank.expansion)."""
@@ -82,7 +98,11 @@ class Dba(
 
 @dataclass(frozen=True)
 class AlphaQe(
-    Step, name="alpha_qe", kind=FEATURES, least={"neighbours": 1, "alpha": 0}
+    Step,
+    name="alpha_qe",
+    kind=FEATURES,
+    least={"neighbours": 1, "alpha": 0},
+    largest={"alpha": 100},
 ):
     """Queries moved towards their nearest index images (kit.rerank.expansion)."""
 
@@ -96,7 +116,8 @@ class Smoothing(
     Step,
     name="smoothing",
     kind=FEATURES,
-    least={"neighbours": 1, "beta": 0, "iterations": 1},
+    least={"neighbours": 1, "beta": 1e-6, "iterations": 1},
+    largest={"iterations": 100},
 ):
     """Index images averaged over their neighbours (kit.rerank.smoothing)."""
 
@@ -111,7 +132,8 @@ class VerifiedQe(
     Step,
     name="verified_qe",
     kind=FEATURES,
-    least={"shortlist": 1, "most": 1, "least_inliers": 1},
+    least={"shortlist": 1, "most": 1, "least_inliers": 1, "side": 32},
+    largest={"side": 16_384},
 ):
     """Queries moved towards index images that local features confirm (kit.rerank.expansion)."""
 
@@ -127,7 +149,8 @@ class VerifiedDba(
     Step,
     name="verified_dba",
     kind=FEATURES,
-    least={"shortlist": 2, "most": 1, "least_inliers": 1},
+    least={"shortlist": 2, "most": 1, "least_inliers": 1, "side": 32},
+    largest={"side": 16_384},
 ):
     """Index images moved towards others that local features confirm (kit.rerank.expansion)."""
 
@@ -149,6 +172,7 @@ class LandmarkCountry(
     name="landmark_country",
     kind=BONUS,
     least={"landmark": 0, "country": 0, "votes": 1, "confidence": 0},
+    largest={"votes": 1_000, "confidence": 1},
     choices={
         "query_tags": ("cosine", "k_reciprocal", "class_mean"),
         "index_tags": ("single", "average"),
@@ -174,6 +198,7 @@ class SoftLabels(
     name="soft_labels",
     kind=BONUS,
     least={"weight": 0, "votes": 1, "confidence": 0},
+    largest={"votes": 1_000, "confidence": 1},
 ):
     """The share of votes that a query and an index image have in common, label by label."""
 
@@ -184,7 +209,11 @@ class SoftLabels(
 
 @dataclass(frozen=True)
 class SameLabel(
-    Step, name="same_label", kind=BONUS, least={"same": 0, "other": 0, "votes": 1}
+    Step,
+    name="same_label",
+    kind=BONUS,
+    least={"same": 0, "other": 0, "votes": 1},
+    largest={"votes": 1_000},
 ):
     """The index image's cosine to its nearest reference is added where both have one label, and a
     part of it is taken away elsewhere (1st place of Google Landmark Retrieval 2021).
@@ -204,6 +233,7 @@ class SortInsert(
     name="sort_insert",
     kind=RANKING,
     least={"votes": 1},
+    largest={"votes": 1_000},
     choices={"worth": ("cosine_mean", "cosine_sum", "distance_sum")},
 ):
     """Images of the query's predicted landmark first, those not found yet too
@@ -217,7 +247,9 @@ class SortInsert(
 
 
 @dataclass(frozen=True)
-class Category(Step, name="category", kind=RANKING, least={"votes": 1}):
+class Category(
+    Step, name="category", kind=RANKING, least={"votes": 1}, largest={"votes": 1_000}
+):
     """All index images of the query's majority landmark first (kit.rerank.category)."""
 
     votes: int = 3
@@ -225,7 +257,11 @@ class Category(Step, name="category", kind=RANKING, least={"votes": 1}):
 
 @dataclass(frozen=True)
 class CategoryExpansion(
-    Step, name="category_expansion", kind=RANKING, least={"votes": 1}
+    Step,
+    name="category_expansion",
+    kind=RANKING,
+    least={"votes": 1},
+    largest={"votes": 1_000},
 ):
     """Index images of the landmarks of the nearest references, where those are close enough."""
 
@@ -239,6 +275,7 @@ class KReciprocal(
     name="k_reciprocal",
     kind=RANKING,
     least={"k1": 1, "k2": 1, "share": 0, "shortlist": 1},
+    largest={"k1": 10_000, "k2": 10_000, "share": 1},
 ):
     """Full k-reciprocal re-ranking (kit.rerank.k_reciprocal); other queries are neighbours."""
 
@@ -250,7 +287,12 @@ class KReciprocal(
 
 @dataclass(frozen=True)
 class Diffusion(
-    Step, name="diffusion", kind=RANKING, least={"kd": 1, "kq": 1, "shortlist": 1}
+    Step,
+    name="diffusion",
+    kind=RANKING,
+    least={"kd": 1, "kq": 1, "gamma": 0, "alpha": 0, "shortlist": 1},
+    largest={"kd": 10_000, "gamma": 100},
+    below={"alpha": 1},
 ):
     """Heat from the first neighbours over the graph of the index (kit.rerank.diffusion)."""
 
@@ -289,6 +331,7 @@ class Local(
     name="local",
     kind=RANKING,
     least={"top": 1, "weight": 0, "most": 1, "least_inliers": 0, "side": 32},
+    largest={"side": 16_384},
 ):
     """Inliers of the first images, verified by local features (kit.rerank.local)."""
 
@@ -313,6 +356,8 @@ STEPS: dict[str, type[Step]] = {
 
 def build(values: Mapping[str, Any], among: Mapping[str, type[Step]] = STEPS) -> Step:
     """{"step": name, ...} as JSON has it -> the step; unknown names are refused with a list."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a step is {values!r:.50}, not an object with its name")
     given = dict(values)
     name = given.pop("step", None)
     if name not in among:
@@ -342,6 +387,28 @@ def planned(
         if name not in known:
             raise ValueError(f"no field {name!r}; fields: {', '.join(known)}")
     taken = dict(values)
+    check_models(taken["models"])
     if "steps" in taken:
+        if not isinstance(taken["steps"], list | tuple):
+            raise TypeError(f"steps is {taken['steps']!r:.50}, not a list")
+        if len(taken["steps"]) > LONGEST:
+            raise ValueError(f"{len(taken['steps'])} steps, more than {LONGEST}")
         taken["steps"] = tuple(build(each, among) for each in taken["steps"])
     return kind(**taken)
+
+
+def check_models(models: Any) -> None:
+    """Refuses weights by model that are not numbers of at least 0, or all 0."""
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(
+            f"models is {models!r:.50}; name at least one, with its weight"
+        )
+    for model, weight in models.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight <= LARGEST[float]:
+            raise ValueError(
+                f"the weight of model {model} is {weight!r:.50}; weights are numbers of 0 "
+                f"to {LARGEST[float]:g}"
+            )
+    if not any(models.values()):
+        raise ValueError(f"all weights of models {', '.join(models)} are 0")

@@ -82,7 +82,9 @@ def learn(
     if len(labels) != len(features):
         raise ValueError(f"{len(features)} features, {len(labels)} labels")
     dim = _checked(dim, features.shape[1])
-    rows = (_readable(features) & (labels >= 0)).nonzero()[:, 0]
+    rows = (labels >= 0).nonzero()[:, 0]
+    if len(rows):
+        rows = rows[_readable(features)[rows]]
     rows = rows[labels[rows].sort(stable=True).indices]
     counts = torch.unique_consecutive(labels[rows], return_counts=True)[1]
     if not (counts > 1).any() or len(counts) < 2:

@@ -10,8 +10,10 @@ runs/<recipe>/<stage>/model.safetensors, model.json   the network (kit.models.ne
 import csv
 import io
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -20,10 +22,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.losses.heads import Classifier
 from kit.models import net as nets
 from kit.models.weights import write_weights
+
+# what readers of zip archives and of pickles raise on damaged ones
+BROKEN = (
+    zipfile.BadZipFile,
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    NotImplementedError,
+)
+RESULT = (
+    "model.safetensors",
+    "model.json",
+    "head.safetensors",
+)  # what a stage hands over
 
 
 class LogRow(NamedTuple):
@@ -43,12 +59,10 @@ def prepare(folder: Path, config: str) -> bool:
 
     If not, what another configuration left there is removed. For one process at a time.
     """
-    about = folder / "stage.json"
-    if about.exists() and files.read_json(about)["fingerprint"] == config:
-        weights = folder / "model.safetensors"
-        whole = weights.exists() and (folder / "head.safetensors").exists()
-        if whole and files.sha256(weights) == nets.describe(folder)["hash"]:
-            return True
+    about = checksums.find_manifest(folder / "stage.json", ("fingerprint",))
+    whole = about and not checksums.find_damaged(folder, about | {"complete": True})
+    if whole and about["fingerprint"] == config:
+        return True
     if load_state(folder, config) is None:
         clear(folder)
     return False
@@ -57,14 +71,8 @@ def prepare(folder: Path, config: str) -> bool:
 def save_state(folder: Path, config: str, state: Mapping[str, Any]) -> None:
     """Everything needed to go on: weights, optimisers, scaler, step, log; replaces the last one."""
     path = folder / "resume" / "state.pt"
-    with files.replacing(path) as temporary:
-        try:
-            torch.save({"fingerprint": config, **state}, temporary)
-        except RuntimeError as error:  # of its archive writer, whatever the disk said
-            reason = str(error).splitlines()[0]
-            raise OSError(
-                f"{path}: not written ({reason}); is the disk full?"
-            ) from None
+    with files.replacing(path, _count_bytes(state)) as temporary:
+        torch.save({"fingerprint": config, **state}, temporary)
 
 
 def load_state(folder: Path, config: str) -> dict[str, Any] | None:
@@ -72,8 +80,18 @@ def load_state(folder: Path, config: str) -> dict[str, Any] | None:
     path = folder / "resume" / "state.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return state if state["fingerprint"] == config else None
+    try:
+        with zipfile.ZipFile(path) as archive:  # whose checksums torch does not look at
+            damaged = archive.testzip()
+        if damaged:
+            raise EOFError(f"damaged at {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state if state["fingerprint"] == config else None
+    except (*BROKEN, KeyError, TypeError, ValueError, IndexError) as error:
+        raise checksums.Damaged(
+            f"{path}: no state that can be gone on with ({str(error).splitlines()[0]}); begin "
+            f"the stage again: --force 02_train_{folder.name}, or remove {path.parent}"
+        ) from None
 
 
 def clear(folder: Path) -> None:
@@ -100,6 +118,15 @@ def split(state: dict[str, Any], head: Classifier) -> dict[str, Any]:
     return _by_rows(state, head.rows)
 
 
+def _count_bytes(state: Any) -> int:
+    """Of the tensors in a state of dictionaries and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, Mapping):
+        state = list(state.values())
+    return sum(map(_count_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
 def _by_rows(
     state: dict[str, Any], of: Callable[[Tensor], Tensor | None]
 ) -> dict[str, Any]:
@@ -123,7 +150,9 @@ def save_result(
     """Writes the stage's result, stage.json last, and removes the resume state."""
     nets.save(network, folder, seen)
     write_weights(folder / "head.safetensors", head)
-    files.write_json(folder / "stage.json", {**about, "kit": kit.__version__})
+    made = {"kit": kit.__version__}
+    made["checksums"] = checksums.compute_checksums(folder, RESULT)
+    checksums.write_manifest(folder / "stage.json", {**about, **made})
     shutil.rmtree(folder / "resume", ignore_errors=True)
     return folder
 
@@ -137,10 +166,13 @@ def hand_over(
     learned rows keep their places. Without a classifier, its own stays as it is.
     """
     about = nets.describe(folder)
-    if not (folder / "stage.json").exists():
+    stage = folder / "stage.json"
+    if not stage.exists():
         raise FileNotFoundError(
             f"{folder}: the stage is not finished; run it to its end first"
         )
+    made = checksums.read_manifest(stage, nets.REPAIR)
+    checksums.verify_files(folder, made, nets.REPAIR, RESULT)
     nets.load_weights(network, folder)
     if head is not None:
         source = folder / "head.safetensors"

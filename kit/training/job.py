@@ -56,7 +56,11 @@ class Stage:
             least=dict.fromkeys(("size", "epochs", "batch"), 1)
             | dict.fromkeys(("start", "stop", "eval_size", "freeze", "lora"), 0)
             | dict.fromkeys(("ema", "seed", "max_unreadable"), 0),
-            most={"ema": 1, "stop": self.epochs},
+            most=dict.fromkeys(("size", "eval_size"), 16_384)
+            | {"epochs": 100_000, "stop": self.epochs, "freeze": self.epochs}
+            | {"batch": 1 << 24, "lora": 4_096, "seed": (1 << 31) - 1}
+            | {"max_unreadable": 1},
+            below={"ema": 1},
         )
         if not self.start < self.last:
             raise ValueError(
@@ -105,6 +109,23 @@ class Job:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("save_every", "log_every", "accumulate"), 1)
         config.check(self, least=least | {"workers": 0})
+
+    def check_parts(self, world: int) -> None:
+        """Raise ValueError unless `world` processes can compute a batch in equal parts.
+
+        A part of a single image has no variance, which the neck's batch norm divides by.
+        """
+        stage, images = self.stage, self.stage.batch // world
+        split = f"stage {stage.name}: of a batch of {stage.batch}, {images} images a process"
+        if images % self.accumulate:
+            raise ValueError(f"{split} do not split into {self.accumulate} parts")
+        still = stage.frozen_norms or (stage.sync_norms and world > 1)
+        if self.net.neck == "bn" and not still and images < 2 * self.accumulate:
+            raise ValueError(
+                f"{split} in {self.accumulate} parts are {images // self.accumulate} a part; "
+                f"the batch norm needs 2: set batch to {2 * world * self.accumulate} or more"
+                + (", or accumulate less" if self.accumulate > 1 else "")
+            )
 
     @property
     def folder(self) -> Path:

@@ -50,9 +50,19 @@ class Optim:
         config.check(
             self,
             least=least | positive | {"momentum": 0, "warmup_from": 0, "gamma": 0},
-            most={"layer_decay": 1, "momentum": 1, "floor": 1, "warmup_from": 1},
+            most=dict.fromkeys(("layer_decay", "floor", "warmup_from", "gamma"), 1)
+            | dict.fromkeys(("weight_decay", "norm_decay", "bias_decay"), 10)
+            | dict.fromkeys(("bias_lr", "head_lr", "warmup"), 10_000)
+            | {"lr": 100, "clip": 1e9},
+            below={"momentum": 1},
             choices={"optimizer": OPTIMIZERS, "schedule": SCHEDULES},
         )
+        if list(self.milestones) != sorted(set(self.milestones)) or any(
+            each < 0 for each in self.milestones
+        ):
+            raise ValueError(
+                f"milestones are {self.milestones}; they rise, and the first is not below 0"
+            )
 
 
 def learning_rate(how: Optim, epoch: float, epochs: int) -> float:

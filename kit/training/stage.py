@@ -46,6 +46,7 @@ def run(job: Job) -> Path:
     the environment grants, after it has saved where it was.
     """
     with launch.group() as rank:
+        job.check_parts(rank.world)
         images = lists.load(job.lists, job.stage.images, _columns(job))
         earlier = (
             nets.describe(job.runs / job.stage.init)["hash"] if job.stage.init else ""
@@ -140,11 +141,6 @@ class _Training:
             world=rank.world,
             step=self.done,
         )
-        if stage.batch // rank.world % job.accumulate:
-            raise ValueError(
-                f"a process's {stage.batch // rank.world} images a step do not split into "
-                f"{job.accumulate} parts"
-            )
 
     def _build(self) -> None:
         """Network, classifier and optimisers, filled by the earlier stage."""
@@ -347,7 +343,7 @@ class _Training:
         limit = self.job.stage.max_unreadable * len(self.ids)
         # ranks may have met the same file: what counts is their union
         if count > limit and len(bad := self._all_unreadable()) > limit:
-            examples = b", ".join(self.ids[bad[:5]]).decode()
+            examples = ", ".join(self.dataset.path(row) for row in bad[:5])
             raise ValueError(
                 f"stage {self.job.stage.name}: {len(bad)} of {len(self.ids)} images cannot be read, "
                 f"more than a share of {self.job.stage.max_unreadable}; for example {examples}"
@@ -436,9 +432,9 @@ def _peak_gb(device: torch.device) -> float:
 
 @launch.entry
 def main(arguments: Sequence[str] | None = None) -> None:
-    (path,) = sys.argv[1:] if arguments is None else arguments
+    job = config.read_argument(Job, arguments, __doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    run(config.read(Job, Path(path)))
+    run(job)
 
 
 if __name__ == "__main__":

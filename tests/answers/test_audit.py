@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from kit import files
+from kit import checksums, files
 from kit.answers import audit
 from kit.data import exclusions, lists, sources
 from kit.data.images import read
@@ -223,7 +223,7 @@ def test_features_of_another_list_or_model_are_refused(job, features):
     wrong = files.read_json(features / "index" / "manifest.json")
     for kind in ("model", "list"):
         other = wrong | {kind: {"name": "another", "hash": "b" * 64}}
-        files.write_json(features / "index" / "manifest.json", other)
+        checksums.write_manifest(features / "index" / "manifest.json", other)
         with pytest.raises(ValueError, match=f"features of {kind}"):
             audit.run(replace(job, features=features))
     with pytest.raises(FileNotFoundError, match="no features in"):

@@ -1,6 +1,8 @@
 """07_recognition on a toy set whose features are those of a small random network."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,22 @@ def test_references_that_hold_the_searched_images_are_refused_or_called_leaky(
     pipeline.run([told], tmp_path / "steps")
     rows = gain_table.read(tmp_path / "recognition_gains.csv")
     assert all("LEAKY" in note for *_, note in rows)
+
+
+def test_queries_of_unknown_landmarks_must_be_named_without_a_gap(done, tmp_path):
+    folder = tmp_path / "lists"
+    shutil.copytree(done.lists, folder)
+    truth = tables.read_recognition(folder / "recognition.csv")
+    unknown = truth.assign(landmarks="").rename(columns={"usage": "Usage"})
+    unknown.to_csv(folder / "recognition.csv", index=False)
+    for name in ("index", "query"):  # features of the copied lists are the same
+        assert lists.load(folder, name).hash == lists.load(done.lists, name).hash
+    given = places(done, tmp_path) | {"lists_folder": str(folder)}
+    pipeline.run([step("open", "07_recognition", **given)], tmp_path / "steps")
+    rows = gain_table.read(tmp_path / "recognition_gains.csv")
+    assert all(math.isnan(half) for _, *halves, _ in rows for half in halves)
+    assert recogniser.load(tmp_path / "recognition.json").steps == (recogniser.Vote(),)
+    assert len(submission.read_landmarks(tmp_path / "landmarks.csv")) == len(truth)
 
 
 def test_what_recognition_needs_is_refused_by_name(done):

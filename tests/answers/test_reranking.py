@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,8 @@ import torch
 from kit.answers import bonuses, moves, rankings, tags
 from kit.answers.pictures import Pictures
 from kit.answers.reranking import rank
-from kit.answers.scene import INDEX, QUERY
-from kit.rerank import steps
+from kit.answers.scene import INDEX, QUERY, Scene, Voters
+from kit.rerank import landmark_country, steps
 from kit.rerank.chain import Chain
 from kit.rerank.local import verification
 from tests.answers.scenes import (
@@ -309,3 +310,79 @@ def test_moves_that_a_chain_shares_with_the_one_before_are_made_once(monkeypatch
         assert torch.equal(one.scores, wanted.scores)
     again = rank(at, chain(other, first))  # another order is another path
     assert torch.equal(again.rows, rank(scene(), chain(other, first)).rows)
+
+
+VOTERS = {  # rows of the references that vote, their landmarks and countries
+    "nobody votes": ([], [], []),
+    "one reference, of a landmark that the index lacks": ([7], [3], [-1]),
+    "references of one landmark, without a country": (
+        [*range(60)],
+        [0] * 60,
+        [-1] * 60,
+    ),
+    "a landmark a reference": ([*range(60)], [*range(60)], [-1] * 60),
+}
+
+
+def voting(kind):
+    rows, landmarks, countries = VOTERS[kind]
+    texts = torch.tensor(landmarks, dtype=torch.long), torch.tensor(countries).long()
+    return Voters(np.array(rows, np.int64), *texts)
+
+
+def open_scene(kind, *models, weights=(1.0,), **more):
+    return Scene(models or (model(),), weights, voting(kind), **more)
+
+
+def variants(kind):
+    """A step as published, and with each of its other choices and switches."""
+    yield kind()
+    for name, choices in kind.choices.items():
+        yield from (kind(**{name: choice}) for choice in choices)
+    for each in fields(kind):
+        if each.type is bool:
+            yield kind(**{each.name: not each.default})
+
+
+EVERY = [one for kind in SEARCH.values() for one in variants(type(kind))]
+READS = (  # steps that read labels and nothing else of a reference
+    *(steps.LandmarkCountry, steps.SoftLabels, steps.SameLabel),
+    *(steps.SortInsert, steps.Category, steps.CategoryExpansion),
+)
+
+
+@pytest.mark.parametrize("step", [s for s in EVERY if isinstance(s, READS)], ids=str)
+def test_where_nobody_votes_a_step_that_reads_labels_must_leave_the_search(step):
+    at = open_scene("nobody votes")
+    assert rank(at, chain(step)).rows.tolist() == rank(at, chain()).rows.tolist()
+
+
+@pytest.mark.parametrize("fusion", ["scores", "tags", "ranks"])
+@pytest.mark.parametrize("kind", VOTERS)
+@pytest.mark.parametrize("step", EVERY, ids=str)
+def test_every_step_must_answer_or_refuse_an_open_set(step, kind, fusion):
+    pair, shares = (model(), model("n", seed=10, dim=8)), (1.0, 0.25)
+    at = open_scene(kind, *pair, weights=shares)
+    asked = chain(step, models="mn", fusion=fusion, k=20)
+    learns = isinstance(step, steps.Whitening) and step.supervised
+    if learns and len(set(at.labelled.landmarks.tolist())) in (0, 1, 60):
+        with pytest.raises(ValueError, match="a whitening needs two classes"):
+            rank(at, asked)
+        return
+    scores, rows = rank(at, asked)
+    assert rows.shape == (len(at), 20) and not scores.isnan().any()
+    for row in rows.tolist():  # each image once, and none that could not be read
+        there = [each for each in row if each >= 0]
+        assert len(set(there)) == len(there) and not set(there) & set(LOST)
+
+
+@pytest.mark.parametrize("kind", list(VOTERS)[1:])
+def test_a_bonus_by_landmarks_that_no_index_image_has_must_change_nothing(kind):
+    at = open_scene(kind)
+    labels = torch.full((90,), -1)
+    tags_of = landmark_country.Tags
+    votes_of = landmark_country.vote(*at.votes(QUERY, 3)[:2])
+    none = tags_of(votes_of, votes_of, labels, labels)
+    more = landmark_country.addends(none, landmark_country.PUBLISHED)
+    found = at.near(QUERY, INDEX, 20, more)
+    assert found.rows.tolist() == at.near(QUERY, INDEX, 20).rows.tolist()

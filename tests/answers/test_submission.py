@@ -102,9 +102,9 @@ def test_a_file_that_is_no_submission_is_refused(path):
 def test_a_query_that_stands_there_twice_is_refused(path):
     written(path, q="a")
     path.write_text(path.read_text() + "r,a\nq,b\n")
-    with pytest.raises(ValueError, match="query q stands there more than once"):
+    with pytest.raises(ValueError, match="query 'q' stands there more than once"):
         submission.read(path)
-    refused(path, "query q stands there more than once")
+    refused(path, "query 'q' stands there more than once")
 
 
 # Checking
@@ -125,14 +125,14 @@ def test_a_query_without_images_passes(path):
 def test_a_missing_query_is_refused(path):
     refused(
         written(path, q="a"),
-        r"query r has no line \(2 missing\)$",
+        r"query 'r' has no line \(2 missing\)$",
         query_ids=["s", "r", "q"],
     )
 
 
 def test_a_line_that_is_no_query_is_refused(path):
     refused(
-        written(path, q="a", r="a", z="a", y="a"), r"y is no query \(2 such lines\)$"
+        written(path, q="a", r="a", z="a", y="a"), r"'y' is no query \(2 such lines\)$"
     )
 
 
@@ -140,12 +140,12 @@ def test_more_than_100_images_are_refused(path):
     assert submission.check(written(path, q=" ".join(INDEX[:100])), ["q"]) == 1
     refused(
         written(path, q="a", r=" ".join(INDEX[:101])),
-        "query r has 101 images, more than 100$",
+        "query 'r' has 101 images, more than 100$",
     )
 
 
 def test_an_image_twice_is_refused(path):
-    refused(written(path, q="a b", r="a b a"), "query r has an image twice$")
+    refused(written(path, q="a b", r="a b a"), "query 'r' has an image twice$")
 
 
 def test_an_image_that_is_not_in_the_index_is_refused(path):
@@ -153,7 +153,7 @@ def test_an_image_that_is_not_in_the_index_is_refused(path):
     assert submission.check(path, ["q", "r"]) == 2
     refused(
         path,
-        "query r answers c, which is not in the index$",
+        "query 'r' answers 'c', which is not in the index$",
         index_ids=["a", "b", "z"],
     )
 
@@ -224,12 +224,18 @@ def test_columns_of_landmarks_may_have_other_names(path):
         (predicted(("strange", "7", 1.0)), "strange is no query that is asked"),
         (
             predicted((QUERIES[0], "7", 1.0), (QUERIES[0], "8", 2.0)),
-            "query 0000000000012345 has more than one prediction",
+            "query '0000000000012345' has more than one prediction",
         ),
-        (predicted((QUERIES[0], "9", 1.0)), "answers 9, which no reference shows"),
-        (predicted((QUERIES[0], "7", np.nan)), "score nan of query 0000000000012345"),
-        (predicted((QUERIES[0], "7", -np.inf)), "score -inf of query"),
-        (predicted((QUERIES[0], "7 8", 1.0)), "not one landmark and its score"),
+        (predicted((QUERIES[0], "9", 1.0)), "answers '9', which no reference shows"),
+        (
+            predicted((QUERIES[0], "7", np.nan)),
+            "score 'nan' of query '0000000000012345'",
+        ),
+        (predicted((QUERIES[0], "7", -np.inf)), "score '-inf' of query"),
+        (
+            predicted((QUERIES[0], "7 8", 1.0)),
+            "answers '7 8', which no reference shows",
+        ),
     ],
 )
 def test_wrong_predictions_leave_the_old_file(path, made, words):
@@ -244,14 +250,14 @@ def test_wrong_predictions_leave_the_old_file(path, made, words):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("q,7 0.5\n", "query r has no line \\(1 missing\\)"),
-        ("q,7 0.5\nr,\ns,\n", "s is no query \\(1 such lines\\)"),
-        ("q,7 0.5\nr,\nq,\n", "query q stands there more than once"),
-        ("q,7\nr,\n", "query q has '7', not one landmark and its score"),
+        ("q,7 0.5\n", "query 'r' has no line \\(1 missing\\)"),
+        ("q,7 0.5\nr,\ns,\n", "'s' is no query \\(1 such lines\\)"),
+        ("q,7 0.5\nr,\nq,\n", "query 'q' stands there more than once"),
+        ("q,7\nr,\n", "query 'q' has '7', not one landmark and its score"),
         ("q,7 0.5 8 0.4\nr,\n", "not one landmark and its score"),
-        ("q,7 high\nr,\n", "the score high of query q is no finite number"),
-        ("q,7 inf\nr,\n", "the score inf of query q is no finite number"),
-        ("q,8 0.5\nr,\n", "query q answers 8, which no reference shows"),
+        ("q,7 high\nr,\n", "the score 'high' of query 'q' is no finite number"),
+        ("q,7 inf\nr,\n", "the score 'inf' of query 'q' is no finite number"),
+        ("q,8 0.5\nr,\n", "query 'q' answers '8', which no reference shows"),
     ],
 )
 def test_a_file_of_landmarks_is_refused_in_a_line(path, lines, words):
@@ -268,3 +274,44 @@ def test_nothing_predicted_is_a_valid_file(path):
     submission.write_landmarks(path, nothing, QUERIES, set())
     assert submission.check_landmarks(path, QUERIES, set()) == 3
     assert set(submission.read_landmarks(path)["landmark"]) == {""}
+
+
+IDS = [f"{n:015x}f" for n in range(9, 30)]
+
+
+@pytest.mark.parametrize(
+    ("write", "shown"),
+    [
+        (lambda name: f"{name}.jpg", ".jpg"),
+        (lambda name: f"index/{name}", "index/"),
+        (str.upper, "9F"),
+        (lambda name: name.lstrip("0"), "'9f'"),
+    ],
+    ids=["jpg", "path", "upper", "zeros"],
+)
+@pytest.mark.parametrize("column", ["queries", "images", "landmarks"])
+def test_ids_of_another_form_must_be_named_with_those_that_are_right(
+    path, column, write, shown
+):
+    path.parent.mkdir()
+    queries = [write(name) if column == "queries" else name for name in IDS]
+    answers = [name if column == "queries" else write(name) for name in IDS]
+    more = " 0.5" if column == "landmarks" else ""
+    rows = [f"{q},{a}{more}" for q, a in zip(queries, answers, strict=True)]
+    head = "id,landmarks" if more else "id,images"
+    path.write_text("\n".join([head, *rows]) + "\n")
+    check = submission.check_landmarks if more else submission.check
+    with pytest.raises(ValueError, match=r"of 21 ids are those of .*'0{13}") as refused:
+        check(path, IDS, IDS)
+    assert shown in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\u200b", "\0", "\x1b", "\x7f"])
+@pytest.mark.parametrize("row", ["q{},a", "q,a{}"])
+def test_what_is_invisible_in_an_id_must_be_seen_in_the_message(path, mark, row):
+    path.parent.mkdir()
+    path.write_text(f"id,images\nr,a\n{row.format(mark)}\n", encoding="utf-8")
+    with pytest.raises(ValueError) as refused:
+        submission.check(path, ["q", "r"], ["a"])
+    said = str(refused.value)
+    assert said.isprintable() and (repr(mark)[1:-1] in said or "NUL" in said), said

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
 from kit.answers import tuning
@@ -69,3 +72,40 @@ def test_a_step_of_recognition_is_tuned_at_its_place():
     join = recogniser.with_step
     step = tuning.tuned(plan, recogniser.Background(), worth, 20, join=join)
     assert abs(step.weight - 2) < 0.9
+
+
+def halves(*rows: tuple[str, str]) -> pd.DataFrame:
+    ids = [f"q{number}" for number in range(len(rows))]
+    images, usage = zip(*rows, strict=True)
+    return pd.DataFrame({"id": ids, "images": images, "usage": usage})
+
+
+@pytest.mark.parametrize(
+    ("rows", "empty"),
+    [
+        ([("a", "Public"), ("b c", "Private")], ""),
+        ([("a", "Private"), ("b", "Private")], "Public"),
+        ([("", "Public"), ("b", "Private")], "Public"),
+        ([(" ", "Public"), ("b", "Private")], "Public"),
+        ([("a", "Public"), ("", "Private"), ("", "Ignored")], "Private"),
+        ([("", "Ignored")], "Public"),
+    ],
+)
+def test_a_half_without_a_query_that_counts_must_be_refused_by_name(rows, empty):
+    source = Path("lists/solution.csv")
+    if not empty:
+        tuning.refuse_empty_half(halves(*rows), source)
+        return
+    with pytest.raises(ValueError, match=f"{source}: no query of the {empty} half"):
+        tuning.refuse_empty_half(halves(*rows), source)
+
+
+def test_nothing_must_be_chosen_by_a_score_that_is_nan():
+    def nan(chain: Chain) -> float:
+        return float("nan")
+
+    with pytest.raises(ValueError, match="a 1; landmark_country.* is not a number"):
+        tuning.tuned(BASE, steps.LandmarkCountry(), nan, 3)
+    with pytest.raises(ValueError, match="a 1 is not a number"):
+        tuning.fused(BASE, ["b"], [0.5], nan)
+    assert tuning.fused(BASE, ["b"], [], nan) == BASE  # nothing to choose from

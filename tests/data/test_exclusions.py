@@ -71,9 +71,7 @@ def test_a_list_written_by_hand_needs_no_json_and_no_third_column(tmp_path):
 
 def test_a_list_changed_after_it_was_written_is_refused(path):
     path.write_text(path.read_text() + "ffff000000000009,by hand,\n")
-    with pytest.raises(
-        ValueError, match=r"not the file that exclusions\.json describes"
-    ):
+    with pytest.raises(ValueError, match=r"exclusions\.csv: damaged.*audit"):
         exclusions.read(path)
 
 

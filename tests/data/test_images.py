@@ -154,6 +154,28 @@ def test_images_are_turned_as_exif_says(file, orientation, kind):
     assert header_size(path) == expected.shape[:2]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
+def test_every_format_must_be_turned_and_listed_as_it_is_shown(file, kind, orientation):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    quality = {} if kind in ("PNG", "TIFF") else {"quality": 95}
+    path = file(encoded(RGB, kind, exif=tags, **quality))
+    assert header_size(path) == read(path).shape[:2]
+    assert np.abs(read(path).astype(int) - by_pil(path)).mean() < 6
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
+def test_an_orientation_in_xmp_alone_must_turn_neither_list_nor_picture(file, kind):
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf='
+        b'"http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    path = file(encoded(RGB, kind, xmp=xmp))
+    assert header_size(path) == read(path).shape[:2] == (40, 60)
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 90])
 def test_an_orientation_that_does_not_exist_turns_nothing(file, orientation):
     tags = Image.Exif()

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from kit import checksums
 from kit.data import lists, sources, tables
 
 EVERY = [
@@ -338,7 +340,7 @@ def test_a_list_on_disk_comes_in_blocks_of_the_same_rows(gldv2, out, monkeypatch
             assert joined[column].tolist() == whole.rows[column].tolist()
     with (out / "full.csv").open("a") as file:
         file.write("another\n")
-    with pytest.raises(ValueError, match="not the file that full.json describes"):
+    with pytest.raises(ValueError, match="full.csv: damaged.*00_image_lists"):
         lists.find(out, "full")
 
 
@@ -639,7 +641,19 @@ def test_a_list_edited_by_hand_is_refused(gldv2, out):
     path.write_text(path.read_text().replace(",0,1,", ",1,1,", 1))
     with pytest.raises(ValueError) as error:
         lists.load(out, "clean")
-    assert f"{path} is not the file that clean.json" in refused(error, ValueError)
+    assert f"{path}: damaged" in refused(error, checksums.Damaged)
+
+
+@pytest.mark.parametrize("name", ["clean.json", "solution.csv", "solution.json"])
+def test_a_flipped_byte_is_refused_by_name(gldv2, out, name):
+    build(gldv2, out)
+    path = out / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(checksums.Damaged, match=rf"{name}: .*00_image_lists"):
+        lists.load(out, "clean")
+        tables.read_solution(out / "solution.csv")
 
 
 def test_facts_without_any_row_are_refused(gldv2, out):
@@ -802,3 +816,75 @@ def test_both_truths_are_written_beside_the_lists(gldv2, out):
     path.unlink()
     build(gldv2, out)
     assert not (out / "recognition.csv").exists() and (out / "solution.csv").exists()
+
+
+def test_memory_must_be_linear_where_a_held_out_class_is_large(tmp_path):
+    def built(count):
+        """Peak of bytes, and of the file, for one held-out class of so many images."""
+        names = [f"c/{n}.jpg" for n in range(count)]
+        rows = [
+            (name, "c", "x", "query" if n % 4 == 0 else "index")
+            for n, name in enumerate(names)
+        ]
+        rows.append(("a/0.jpg", "a", "x", "train"))
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/0.jpg").touch()
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c/0.jpg").touch()
+        (tmp_path / "c/1.jpg").touch()
+        table = tmp_path / "t.csv"
+        pd.DataFrame(rows, columns=["path", "label", "group", "split"]).to_csv(
+            table, index=False
+        )
+        tracemalloc.start()
+        lists.build(
+            sources.from_csv(table, tmp_path), tmp_path, tmp_path / "lists", sizes=False
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, (tmp_path / "lists/solution.csv").stat().st_size
+
+    built(100)  # what is loaded once
+    (small, one), (large, other) = built(1000), built(3000)
+    assert other > 8 * one  # the file is quadratic
+    assert large < 4 * small
+
+
+def test_a_solution_of_a_size_that_nobody_can_read_must_be_refused(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lists, "LARGEST_SOLUTION", 100)
+    for name in [f"{c}/{n}.jpg" for c in "abc" for n in range(12)]:
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    with pytest.raises(ValueError, match="3 queries"):
+        lists.build(
+            sources.from_folders(tmp_path / "p"), tmp_path / "p", tmp_path / "lists"
+        )
+    assert not (tmp_path / "lists").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_classes_to_hold_one_out_must_be_said(tmp_path, count):
+    for c in "ab"[:count]:
+        (tmp_path / "p" / c).mkdir(parents=True)
+        (tmp_path / "p" / c / "0.jpg").touch()
+    facts = sources.from_folders(tmp_path / "p")
+    with pytest.raises(ValueError, match=f"held out.* {count}$"):
+        lists.build(facts, tmp_path / "p", tmp_path / "lists", wanted=["query"])
+
+
+def test_missing_images_must_be_counted_and_named(tmp_path):
+    for n in range(6):
+        (tmp_path / f"{n}.jpg").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").unlink()
+    text = "path,label\n" + "".join(f"{n}.jpg,c{n % 2}\n" for n in range(6))
+    (tmp_path / "t.csv").write_text(text)
+    lists.build(
+        sources.from_csv(tmp_path / "t.csv", tmp_path), tmp_path, tmp_path / "lists"
+    )
+    table = lists.describe(tmp_path / "lists").set_index("list")
+    assert table.loc["full", "missing or unreadable"] == 5
+    about = json.loads((tmp_path / "lists/full.json").read_text())
+    assert about["unreadable, such as"] == [f"{n}.jpg" for n in range(1, 6)]

@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -554,7 +555,11 @@ def test_a_table_saved_by_a_spreadsheet_is_read(shop):
             ValueError,
             "line 3 is of train without a label",
         ),
-        ("path,label\na/0.jpg,a\na/1.jpg,b\n", FileNotFoundError, "a/0.jpg and the 1"),
+        (
+            "path,label\na/0.jpg,a\na/1.jpg,b\n",
+            FileNotFoundError,
+            "a/0.jpg is not there",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(shop, text, kind, words):
@@ -653,6 +658,206 @@ def test_a_folder_without_pictures_is_refused(classes):
     assert message.endswith("classes: no folder with images in it")
     with pytest.raises(FileNotFoundError):
         sources.from_folders(classes().parent / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a/._0.jpg", "__MACOSX/a/._0.jpg", "__MACOSX/0.jpg", "@eaDir/a/0.jpg"),
+        *(
+            "a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg",
+            "a/.thumbnails/0.png",
+            ".Trash-0/1.jpg",
+        ),
+        *(
+            "a/.@__thumb/s.jpg",
+            "#recycle/0.jpg",
+            "a/Thumbs.db",
+            "a/.DS_Store",
+            "a/DESKTOP.INI",
+        ),
+        *("$RECYCLE.BIN/x/0.jpg", "lost+found/0.jpg"),
+    ],
+)
+def test_what_systems_leave_beside_photographs_must_be_none(classes, name):
+    plain = [f"{c}/{n}.jpg" for c in "abc" for n in range(4)]
+    before = sources.from_folders(classes(*plain))
+    after = sources.from_folders(classes(name))
+    for split in ("train", "index", "query"):
+        assert in_split(getattr(after, split)) == in_split(getattr(before, split))
+    if "/" in name and name[0] == "a":
+        assert after.notes["left out: hidden, or left by a system"] == 1
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "jpg",
+        "JPG",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "mpo",
+        "png",
+        "PNG",
+        "webp",
+        "bmp",
+        "dib",
+        "tif",
+        "TIFF",
+        "jp2",
+        "avif",
+        "gif",
+        "ppm",
+        "pgm",
+    ],
+)
+def test_every_extension_that_the_decoder_reads_must_count(classes, suffix):
+    names = [f"{c}/{n}.{suffix}" for c in "abc" for n in range(4)]
+    facts = sources.from_folders(classes(*names))
+    assert len(facts.train) + len(facts.index) + len(facts.query) == 12
+    assert facts.notes == {}
+
+
+def test_what_the_decoder_does_not_read_must_be_counted_by_extension(classes):
+    plain = [f"{c}/{n}.jpg" for c in "abc" for n in range(4)]
+    odd = ["a/x.HEIC", "b/y.heic", "b/z.cr2", "c/notes", "d/1.heic", "9.jpg"]
+    facts = sources.from_folders(classes(*plain, *odd))
+    assert len(facts.train) + len(facts.index) + len(facts.query) == 12
+    assert facts.notes == {
+        "left out: .heic, which the decoder does not read": 3,
+        "left out: .cr2, which the decoder does not read": 1,
+        "left out: no extension, which the decoder does not read": 1,
+        "left out: class without a photograph": 1,
+        "left out: photograph in no class folder": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["Train", "INDEX", "query ", "Query"])
+def test_a_split_in_another_spelling_must_be_asked_about(classes, name):
+    root = classes(f"{name}/a/0.jpg", "b/0.jpg", "c/0.jpg")
+    with pytest.raises(ValueError, match=repr(name)) as error:
+        sources.from_folders(root)
+    refused(error, ValueError)
+
+
+@pytest.mark.parametrize("mark", ["\r", "\n", "\t", "\x1b", "\x7f", "\x85", "\u2028"])
+def test_a_name_that_no_list_can_hold_must_be_refused(classes, mark):
+    with pytest.raises(ValueError, match="rename") as error:
+        sources.from_folders(classes(f"a{mark}/0.jpg", "b/0.jpg", "c/0.jpg"))
+    refused(error, ValueError)
+
+
+def test_a_name_that_is_not_utf_8_must_be_shown(classes):
+    root = classes("a/0.jpg", "b/0.jpg", "c/0.jpg")
+    (root / "a" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    with pytest.raises(ValueError, match=r"caf.xe9") as error:
+        sources.from_folders(root)
+    refused(error, ValueError)
+
+
+# Tables of one data set that do not fit each other
+
+
+@pytest.mark.parametrize("landmark", ["10.0", "10.", " 10", "10 "])
+@pytest.mark.parametrize(
+    "name",
+    ["train/train.csv", "train/train_clean.csv", "train/train_label_to_category.csv"],
+)
+def test_a_landmark_must_not_be_another_one_for_its_spelling(gldv2, name, landmark):
+    path = gldv2 / name
+    head, *rows = path.read_text().splitlines()
+    at = head.split(",").index("landmark_id")
+    cells = rows[0].split(",", at + 1)
+    cells[at] = landmark
+    path.write_text("\n".join([head, ",".join(cells), *rows[1:]]) + "\n")
+    with pytest.raises(ValueError, match=repr(landmark)) as error:
+        sources.official(gldv2)
+    assert name in refused(error, ValueError)
+
+
+def test_clean_images_that_train_lacks_must_be_left_out_and_counted(gldv2):
+    whole = sources.official(gldv2)
+    path = gldv2 / "train/train.csv"
+    head, *rows = path.read_text().splitlines()
+    lost = whole.clean["id"].iloc[-1]
+    path.write_text("\n".join([head, *(r for r in rows if lost not in r)]) + "\n")
+    facts = sources.official(gldv2)
+    assert facts.clean["id"].tolist() == whole.clean["id"].tolist()[:-1]
+    assert facts.lost["clean"] == {sources.NOT_IN_TRAIN: 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("", "no path"),
+        ("  ", "no path"),
+        ("a", "folder"),
+        ("a/b", "folder"),
+        ("a\\b\\0.jpg", "backslash"),
+        ("C:/photos/0.jpg", "absolute"),
+        ("/elsewhere/0.jpg", "absolute"),
+    ],
+)
+def test_a_path_that_can_be_no_image_must_be_refused(shop, path, word):
+    table = shop(f"path,label\na/b/0.jpg,x\n{path},y\n")
+    with pytest.raises(ValueError, match=f"line 3.*{word}") as error:
+        sources.from_csv(table, table.parent)
+    refused(error, ValueError)
+
+
+def test_an_absolute_path_inside_the_data_must_be_the_relative_one(shop):
+    table = shop("path,label\na/0.jpg,x\n")
+    (table.parent / "a").mkdir(exist_ok=True)
+    (table.parent / "a/0.jpg").touch()
+    plain = sources.from_csv(table, table.parent).train
+    table.write_text(f"path,label\n{table.parent}/a/0.jpg,x\n")
+    assert sources.from_csv(table, table.parent).train.equals(plain)
+
+
+@pytest.mark.parametrize("there", [[5, 150], [150], [*range(101, 160)]])
+def test_a_part_of_the_images_must_be_taken(shop, there):
+    table = shop("path,label\n" + "".join(f"a/{n}.jpg,x\n" for n in range(160)))
+    (table.parent / "a").mkdir(exist_ok=True)
+    for number in there:
+        (table.parent / f"a/{number}.jpg").touch()
+    assert len(sources.from_csv(table, table.parent).train) == 160
+
+
+@pytest.mark.parametrize(
+    ("start", "word"),
+    [
+        (b"\xff\xfe", "UTF-16"),
+        (b"id;x\n", "semicolons"),
+        (b"id\tx\n", "tabs"),
+        (b"id, x\n", "' x'"),
+        (b"id,x,x\n", "column x stands there twice"),
+        (b"id,x\n\0,1\n", "NUL"),
+    ],
+)
+def test_what_is_invisible_in_a_header_must_be_named(tmp_path, start, word):
+    path = tmp_path / "table.csv"
+    path.write_bytes(start + b"1,2\n")
+    with pytest.raises(ValueError, match=word) as error:
+        tables.read_csv(path, ("id", "x"))
+    refused(error, ValueError)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_must_not_depend_on_marks_and_line_ends(tmp_path, mark):
+    path = tmp_path / "ids.txt"
+    path.write_bytes(mark + b"a\r\n\r\n b \nc")
+    assert tables.read_lines(path) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["10", "Big Ben", "a%20b", "100 %", "x,y", 'a"b', "a\u3000b", "\u00c9", "%", " "],
+)
+def test_a_label_must_come_back_from_one_word(label):
+    word = tables.encode_label(label)
+    assert len(word.split()) == 1 and not set(',"') & set(word)
+    assert tables.decode_label(word) == label
 
 
 def test_country_files_of_the_real_photos_are_read_as_they_are(photos):
@@ -836,7 +1041,7 @@ def test_a_clean_list_that_is_none_is_refused(gldv2, tmp_path, text, message):
 def test_tables_can_be_read_before_the_images_are_there(gldv2):
     for picture in gldv2.rglob("*.jpg"):
         picture.unlink()
-    with pytest.raises(FileNotFoundError, match="are not there"):
+    with pytest.raises(FileNotFoundError, match="is not there"):
         sources.read(gldv2)
     assert len(sources.read(gldv2, there=False).train) == 11
 

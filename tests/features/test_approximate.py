@@ -91,3 +91,30 @@ def test_what_faiss_cannot_answer_is_refused(near, call, words):
 
 def test_faiss_is_told_to_find_no_more_rows_than_there_are(near):
     assert knn_faiss(near[0], near[1][:5], 9).rows.shape == (30, 5)
+
+
+@pytest.mark.parametrize("side", ["queries", "rows"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2.0])
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_a_row_that_is_no_feature_must_be_named(near, kind, side, value):
+    query, rows = (each.clone() for each in near)
+    (query if side == "queries" else rows)[7, 3] = value
+    with pytest.raises(ValueError, match="row 7 of the features"):
+        knn_faiss(query, rows, 5, kind, codes=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "words"),
+    [
+        (100, {}, "100 rows are fewer than the 256 centroids"),
+        (300, {"lists": 301}, "301 lists are more than the 300 rows"),
+        (300, {"codes": 3}, "3 codes do not divide 8 dimensions"),
+        (300, {"codes": 0}, "codes 0"),
+        (300, {"probe": 0}, "probe 0"),
+        (300, {"lists": 0}, "lists is 0"),
+        (300, {"refine": -1}, "refine -1"),
+    ],
+)
+def test_codes_that_cannot_be_learnt_must_be_refused(near, count, options, words):
+    with pytest.raises(ValueError, match=words):
+        knn_faiss(near[0], near[1][:count], 5, "ivfpq", **{"codes": 2} | options)

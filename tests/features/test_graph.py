@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from kit import launch
+from kit import checksums, launch
 from kit.features import graph, store
 from kit.features.graph import Job
 
@@ -76,15 +76,44 @@ def test_a_finished_graph_is_left_alone_and_a_block_that_lacks_is_made(
     whole = rows.copy()
     rows[:] = 7
     rows.flush()
+    _seal(job.out)  # as if it had been written so
     graph.build(job)
     assert (np.load(job.out / "rows.npy") == 7).all()
     done = np.load(job.out / "done.npy", mmap_mode="r+")
     done[2] = 0
     done.flush()
+    _seal(job.out, complete=False)
     graph.build(job)
     again = np.load(job.out / "rows.npy")
     assert (again[20:30] == whole[20:30]).all()
     assert (again[:20] == 7).all() and (again[30:] == 7).all()
+
+
+def _seal(folder, **changed):
+    about = checksums.read_manifest(folder / "manifest.json", "")
+    changed["checksums"] = checksums.compute_checksums(folder, graph.FILES)
+    checksums.write_manifest(folder / "manifest.json", about | changed)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "scores.npy"])
+@pytest.mark.parametrize("fault", ["zeroed", "reversed", "cut"])
+def test_a_damaged_graph_is_refused_by_name_and_made_again(
+    features, tmp_path, name, fault
+):
+    job = Job(features, tmp_path / "graph", 5)
+    graph.build(job)
+    path = job.out / name
+    whole = path.read_bytes()
+    array = np.load(path)
+    if fault == "cut":
+        path.write_bytes(whole[:-100])
+    else:
+        np.save(path, np.zeros_like(array) if fault == "zeroed" else array[::-1].copy())
+    with pytest.raises(checksums.Damaged, match=f"{name}: .*03_features"):
+        graph.load(job.out)
+    graph.build(job)
+    assert path.read_bytes() == whole
+    graph.load(job.out)
 
 
 def test_another_k_or_other_features_replace_a_graph(features, tmp_path):
@@ -158,3 +187,32 @@ def test_the_module_runs_a_job_s_file(features, tmp_path):
 def test_no_neighbours_are_refused(tmp_path):
     with pytest.raises(ValueError, match="k is 0, not at least 1"):
         Job(tmp_path, tmp_path, 0)
+
+
+def test_a_graph_without_all_blocks_is_not_complete(features, tmp_path, monkeypatch):
+    job, fill = Job(features, tmp_path / "graph", 5), graph._fill
+
+    def forgetful(*given):
+        fill(*given)
+        store.write_rows(job.out / "done.npy", 2, np.zeros(1))  # its rank was lost
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "_fill", forgetful)
+        with pytest.raises(RuntimeError, match="1 of 6 blocks are missing, .*block 2"):
+            graph.build(job)
+    with pytest.raises(ValueError, match="not finished"):
+        graph.load(job.out)
+    assert len(graph.load(graph.build(job))) == SIZE
+
+
+def test_ranks_write_no_bytes_but_their_own(features, tmp_path, monkeypatch):
+    """A writable map would write whole pages, with old rows of ranks on other machines."""
+    load = np.load
+
+    def reading(path, mmap_mode=None, **options):
+        assert mmap_mode in (None, "r"), path
+        return load(path, mmap_mode, **options)
+
+    monkeypatch.setattr(np, "load", reading)
+    job = Job(features, tmp_path / "graph", 5)
+    assert np.array_equal(graph.load(graph.build(job)).rows, by_hand(vectors(), 5)[0])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit import checksums
 from kit.features import screen, store
 from kit.features.search import knn
 
@@ -22,7 +23,8 @@ def made(folder, values):
     kept = np.load(folder / "vectors.npy", mmap_mode="r+")
     kept[:] = values
     kept.flush()
-    np.save(folder / "done.npy", np.ones(-(-len(values) // 256), np.uint8))
+    blocks = -(-len(values) // 256)
+    np.save(folder / "done.npy", np.full(blocks, store.WITH_ZEROS, np.uint8))
     store.finish(folder)
     return store.load(folder)
 
@@ -90,11 +92,8 @@ def test_a_copy_that_is_there_is_not_made_again(tmp_path):
 def test_a_copy_of_other_vectors_is_ignored_until_it_is_built_again(tmp_path, caplog):
     made(tmp_path, vectors())
     screen.build(tmp_path)
-    kept = np.load(tmp_path / "vectors.npy", mmap_mode="r+")
-    kept[:] = vectors(seed=5)
-    kept.flush()
-    os.utime(tmp_path / "vectors.npy", ns=(1, 1))
-    features = store.load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    features = made(tmp_path, vectors(seed=5))
     assert screen.of(features) is None
     assert "a copy of other vectors, not used; build it again" in caplog.text
     screen.build(tmp_path)
@@ -107,6 +106,24 @@ def test_a_copy_that_was_moved_with_its_store_is_known_by_the_hash(tmp_path):
     screen.build(tmp_path)
     os.utime(tmp_path / "vectors.npy", ns=(1, 1))
     assert screen.of(features) is not None
+
+
+@pytest.mark.parametrize("name", ["screen.npy", "screen.json"])
+def test_a_damaged_copy_is_refused_by_name_until_it_is_built_again(tmp_path, name):
+    features = made(tmp_path, vectors())
+    screen.build(tmp_path)
+    flip(tmp_path / name)
+    with pytest.raises(checksums.Damaged, match=f"{name}: .*kit.features.screen"):
+        screen.of(features)
+    screen.build(tmp_path)
+    expected = torch.from_numpy(vectors()).bfloat16()
+    assert torch.equal(screen.of(features).rows, expected)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_copy_that_was_not_finished_is_no_copy(tmp_path):
@@ -123,8 +140,9 @@ def test_a_copy_is_only_that_of_the_whole_store(tmp_path):
     assert screen.of(features) is None
     screen.build(tmp_path)
     for rows in (slice(0, 100), slice(None, None, -1)):
-        part = store.Features(features.ids[rows], features.vectors[rows], {})
-        assert screen.of(part) is None
+        for about in ({}, features.manifest):
+            part = store.Features(features.ids[rows], features.vectors[rows], about)
+            assert screen.of(part) is None
     held = store.Features(features.ids, np.array(features.vectors), {})
     assert screen.of(held) is None
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import __version__, files
+from kit import __version__, checksums, files
 from kit.features import store
 from kit.features.store import Features
 
@@ -87,7 +88,10 @@ def test_a_store_is_files_that_can_be_read_without_us(folder):
     assert arrays["ids"].dtype == np.dtype("U16")
     assert arrays["vectors"].shape == (10, 3) and arrays["vectors"].flags.c_contiguous
     assert arrays["done"].tolist() == [1, 1, 1]
-    assert files.read_json(folder / "manifest.json") == ABOUT | {
+    found = files.read_json(folder / "manifest.json")
+    assert found.pop("checksums").keys() == {"done.npy", "ids.npy", "vectors.npy"}
+    assert len(found.pop("seal")) == 64
+    assert found == ABOUT | {
         "rows": 10,
         "dim": 3,
         "block": 4,
@@ -188,12 +192,67 @@ except OSError as error:
     )
     assert done.returncode == 1, done
     assert done.stdout == ""
-    line = r"\[Errno 27\] no room for 0.00 GB of features \(File too large\): '(.*)'\n"
+    line = r"(\S+): not written: File too large \(1.0 MB wanted, \S+ MB free\); .*\n"
     said = re.fullmatch(line, done.stderr)
-    assert said and said[1].startswith(str(folder)), done.stderr
+    assert said and said[1] == str(folder / "vectors.npy"), done.stderr
     assert list(folder.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="no features in"):
         store.load(folder)
+
+
+def refuse(number: int):
+    def call(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def emulate(file: int, offset: int, length: int) -> None:
+    """As the C library does where the disk has no such call: it reads and writes in each block."""
+    for at in range(offset, offset + length, 4096):
+        os.pread(file, 1, at)
+    os.truncate(file, length)
+
+
+FALLOCATE = {
+    "none": None,  # macOS
+    "emulated": emulate,
+    "EOPNOTSUPP": refuse(errno.EOPNOTSUPP),
+    "EINVAL": refuse(errno.EINVAL),
+    "ENOSYS": refuse(errno.ENOSYS),
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 512), (41, 512), (3, 2048), (7, 3), (0, 4)])
+@pytest.mark.parametrize("kind", FALLOCATE)
+def test_space_is_taken_on_a_disk_without_fallocate(folder, monkeypatch, kind, shape):
+    if FALLOCATE[kind] is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", FALLOCATE[kind])
+    monkeypatch.setattr(store, "CHUNK", 1000)
+    store.allocate(folder / "a.npy", shape, np.float16)
+    there = np.load(folder / "a.npy", allow_pickle=False)
+    assert there.dtype == np.float16 and np.array_equal(there, np.zeros(shape))
+    if kind != "emulated":  # a hole would be a crash where the disk is full later
+        assert os.stat(folder / "a.npy").st_blocks * 512 >= there.nbytes
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_without_room_is_an_error_and_no_file(folder, monkeypatch, number):
+    monkeypatch.setattr(os, "posix_fallocate", refuse(number))
+    with pytest.raises(OSError, match=r"not written: .*\(2.0 MB wanted, ") as caught:
+        store.allocate(folder / "a.npy", (1000, 1000), np.float16)
+    assert caught.value.errno == number and not list(folder.iterdir())
+
+
+def test_rows_are_overwritten_in_every_type_and_no_other_bytes_are(tmp_path):
+    for dtype in (np.uint8, np.int32, np.float16, np.float64):
+        before = np.arange(40).reshape(10, 4).astype(dtype)
+        np.save(tmp_path / "a.npy", before)
+        store.write_rows(tmp_path / "a.npy", 3, -np.ones((2, 4), np.int64) % 7)
+        before[3:5] = -1 % 7
+        assert np.array_equal(np.load(tmp_path / "a.npy"), before)
 
 
 def test_a_disk_that_fills_up_later_is_found_out_before_the_manifest(
@@ -360,7 +419,39 @@ def test_missing_features_say_how_to_make_them(folder):
 )
 def test_files_that_the_manifest_does_not_describe_are_refused(folder, name, array):
     np.save(filled(folder) / name, array)
-    with pytest.raises(ValueError, match="not those that manifest.json describes"):
+    with pytest.raises(checksums.Damaged, match=f"{name}: .*03_extract_features"):
+        store.load(folder)
+    again = filled(folder)  # which finds it and makes it anew
+    assert np.array_equal(store.load(again).vectors, vectors_of(10))
+
+
+@pytest.mark.parametrize("row", [0, 4, 9])
+def test_rows_that_the_disk_lost_are_not_taken_for_unreadable_images(folder, row):
+    store.create(folder, IDS, 3, 4, ABOUT)
+    write(folder, vectors_of(10))
+    kept = np.load(folder / "vectors.npy", mmap_mode="r+")
+    kept[row] = 0
+    kept.flush()
+    with pytest.raises(ValueError, match=f"vectors.npy: block {row // 4} has zero"):
+        store.finish(folder)
+    filled(folder)
+    assert store.load(folder).readable().all()
+
+
+@pytest.mark.parametrize("name", ["complete", "unreadable", "rows", "dim"])
+def test_a_manifest_without_a_field_or_a_seal_is_refused_by_name(folder, name):
+    path = filled(folder) / "manifest.json"
+    about = files.read_json(path)
+    without = {key: about[key] for key in about if key != name}
+    files.write_json(path, without)
+    with pytest.raises(checksums.Damaged, match="manifest.json: damaged"):
+        store.load(folder)
+    checksums.write_manifest(path, without)
+    with pytest.raises(checksums.Damaged, match=f"manifest.json: has no '{name}'"):
+        store.load(folder)
+    about.pop("checksums")
+    checksums.write_manifest(path, about)
+    with pytest.raises(checksums.Damaged, match="no checksums; .*03_extract_features"):
         store.load(folder)
 
 
@@ -374,6 +465,9 @@ def test_a_file_cut_short_is_refused(folder, name):
 
 def test_pickled_arrays_are_not_loaded(folder):
     np.save(filled(folder) / "ids.npy", IDS.astype(object), allow_pickle=True)
+    about = checksums.read_manifest(folder / "manifest.json", "")
+    about["checksums"] = checksums.compute_checksums(folder, store.FILES)
+    checksums.write_manifest(folder / "manifest.json", about)  # made by an attacker
     with pytest.raises(ValueError, match="allow_pickle|Python objects"):
         store.load(folder)
 

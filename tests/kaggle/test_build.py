@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import files
+from kit import checksums, files
 from kit.answers.reranking import rank
 from kit.data import lists, sources
 from kit.data.inputs import InputSpec
@@ -505,7 +505,7 @@ def test_features_that_do_not_say_how_they_were_made_are_refused(run):
     path = run.features / "c2x" / "index_train" / "manifest.json"
     about = files.read_json(path)
     del about["flip"]
-    files.write_json(path, about)
+    checksums.write_manifest(path, about)
     with pytest.raises(ValueError, match="c2x index_train do not say their flip"):
         contents.find(run)
 
@@ -579,7 +579,7 @@ def test_an_unknown_recipe_is_refused(run):
         ),
         (
             lambda r: (r.lists / "index_train.csv").write_text("id\n"),
-            "is not the file that index_train.json describes",
+            "index_train.csv: damaged, .*00_image_lists",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def test_landmarks_are_written_checked_and_none_for_the_other_queries(root):
         QUERIES[2]: "",
     }
     before = run.out.read_text()
-    with pytest.raises(ValueError, match="answers 7, which no reference shows"):
+    with pytest.raises(ValueError, match="answers '7', which no reference shows"):
         run.write_landmarks(made, ["8"])
     assert run.out.read_text() == before
 

@@ -231,7 +231,7 @@ def test_answers_that_are_not_in_the_index_are_no_answers(build, data):
         build(cell + "open('submission.csv', 'w').write(text)"), data
     )
     assert not run.valid and run.problem.endswith(
-        "answers no, which is not in the index"
+        "answers 'no', which is not in the index"
     )
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import DropPath
 
-from kit import __version__, files
+from kit import __version__, checksums, files
 from kit import config as configs
 from kit.data.inputs import InputSpec
 from kit.models import backbones
@@ -591,7 +591,7 @@ def test_weights_of_another_architecture_name_the_first_key(tmp_path, net):
     nets.save(net, tmp_path, {})
     about = files.read_json(tmp_path / "model.json")
     about["config"]["backbone"] = "test_efficientnet"
-    files.write_json(tmp_path / "model.json", about)
+    checksums.write_manifest(tmp_path / "model.json", about)
     other = EmbeddingNet(replace(CONFIG, backbone="test_efficientnet"))
     ours = load_file(tmp_path / "model.safetensors")
     first = next(key for key in other.state_dict() if key not in ours)
@@ -604,11 +604,19 @@ def test_an_embedding_of_another_length_names_its_key(tmp_path, net):
     nets.save(net, tmp_path, {})
     about = files.read_json(tmp_path / "model.json")
     about["config"]["dim"] = 16
-    files.write_json(tmp_path / "model.json", about)
+    checksums.write_manifest(tmp_path / "model.json", about)
     expected = r"neck.0.weight is \(8, \d+\), the network's is \(16, \d+\)"
     with pytest.raises(ValueError, match=expected) as caught:
         nets.load(tmp_path)
     one_line(caught)
+
+
+def test_a_model_json_changed_by_hand_is_refused_by_name(tmp_path, net):
+    nets.save(net, tmp_path, {"a" * 64: "clean"})
+    path = tmp_path / "model.json"
+    path.write_text(path.read_text().replace('"clean"', '"cleen"'))
+    with pytest.raises(checksums.Damaged, match="model.json: damaged.*02_train"):
+        nets.load(tmp_path)
 
 
 def test_a_missing_model_says_how_to_make_one(tmp_path, net):
@@ -643,7 +651,7 @@ def test_weights_that_are_cut_short_are_named(tmp_path, net, left):
         ValueError, match=f"^{re.escape(str(path))} is not the file"
     ) as caught:
         nets.load(tmp_path)
-    assert "run the stage again" in one_line(caught)
+    assert "02_train" in one_line(caught)
 
 
 def test_weights_that_are_missing_are_named(tmp_path, net):

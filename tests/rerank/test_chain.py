@@ -1,8 +1,10 @@
 import json
+import math
+from dataclasses import fields
 
 import pytest
 
-from kit.rerank import chain, steps
+from kit.rerank import chain, recogniser, steps
 from kit.rerank.chain import Chain
 
 CHAINS = [
@@ -73,9 +75,9 @@ def test_steps_in_an_order_that_cannot_be_are_refused_by_name(before, after, kin
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"models": {}}, "a chain needs at least one model"),
-        ({"models": {"a": -0.5}}, "the weight of model a is -0.5; weights are not neg"),
-        ({"models": {"a": 1.0}, "k": 0}, "k is 0; a ranking has at least one place"),
+        ({"models": {}}, "name at least one"),
+        ({"models": {"a": -0.5}}, "the weight of model a is -0.5; weights are num"),
+        ({"models": {"a": 1.0}, "k": 0}, "k is 0; a ranking has 1 to"),
         ({"models": {"a": 1.0}, "fusion": "mean"}, "not one of scores, tags, ranks"),
         (
             {"models": {"a": 1.0}, "votes": 3},
@@ -122,3 +124,72 @@ def test_unknown_fields_of_a_step_are_refused_with_those_that_there_are():
         match="^step alpha_qe has no field 'n'; fields: neighbours, alpha, transductive$",
     ):
         steps.build({"step": "alpha_qe", "n": 3})
+
+
+@pytest.mark.parametrize("name", chain.NAMED)
+def test_a_named_chain_must_be_in_order_and_survive_its_file(tmp_path, name):
+    assert name not in steps.STEPS
+    written = Chain({"a": 1.0}, chain.NAMED[name])
+    assert chain.load(chain.save(written, tmp_path / "chain.json")) == written
+
+
+NUMBERS = [
+    (kind, each.name)
+    for kind in (*steps.STEPS.values(), *recogniser.STEPS.values())
+    for each in fields(kind)
+    if each.type in (int, float)
+]
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -1e300, 1e308, 10**9, 10**400, True, "1", None]
+)
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_a_number_outside_of_its_meaning_must_be_refused_by_name(kind, name, value):
+    if (kind.name, name, value) in (("probability", "slope", 10**9),):
+        return  # a curve may be that steep
+    if (kind.name, name, value) in (("probability", "offset", 10**9),):
+        return
+    of = recogniser.STEPS if kind.name in recogniser.STEPS else steps.STEPS
+    with pytest.raises(ValueError, match=rf"^step {kind.name}: {name} (is|cannot be) "):
+        steps.build({"step": kind.name, name: value}, of)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"models": {"a": 1}, "k": 100.0}',
+        '{"models": {"a": 1}, "k": true}',
+        '{"models": {"a": 1}, "k": 1e9}',
+        '{"models": {"a": 0, "b": 0.0}}',
+        '{"models": {"a": 1e308}}',
+        '{"models": {"a": true}}',
+        '{"models": {"a": "1"}}',
+        '{"models": ["a"]}',
+        '{"models": {"a": 1}, "models": {"b": 1}}',
+        '{"models": {"a": 1, "a": 2}}',
+        '{"models": {"a": 1}, "steps": {"step": "dba"}}',
+        '{"models": {"a": 1}, "steps": ["dba"]}',
+        '{"models": {"a": 1}, "steps": ['
+        + ",".join(['{"step": "dba"}'] * 10_000)
+        + "]}",
+    ],
+)
+def test_a_hostile_chain_must_be_one_line_with_the_file_s_name(tmp_path, text):
+    path = tmp_path / "chain.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]*chain\.json: not [^\n]*$"):
+        chain.load(path)
+
+
+@pytest.mark.parametrize(
+    ("step", "index", "told"),
+    [
+        *((steps.Diffusion(), 96, "52%"), (steps.Diffusion(), 500, "10%")),
+        *((steps.Diffusion(), 501, ""), (steps.Dba(3), 10, ""), (steps.Local(), 5, "")),
+        *((steps.KReciprocal(), 20, "100%"), (steps.Traversal(), 50, "100%")),
+    ],
+)
+def test_a_step_that_averages_over_much_of_an_index_must_be_told(step, index, told):
+    (found,) = chain.wide_steps([step], index) or [""]
+    assert told in found and bool(told) == bool(found)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from kit import checksums
 from kit.data.readers import UnreadableImage
 from kit.rerank.local import cache, features, verification
 from kit.rerank.local.features import LocalFeatures
@@ -103,12 +105,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+from kit import checksums
 from kit.rerank.local import cache
 import test_local_cache as here
 save = cache.save_file
 def dying(tensors, path):
     save(tensors, path)
-    if Path(path).name.startswith(".00001"):  # written, not yet renamed
+    if Path(path).name.startswith("00001"):  # written, not yet renamed
         os.kill(os.getpid(), signal.SIGKILL)
 cache.save_file = dying
 cache.fill(Path({folder!r}), here.NAMES, here.read, here.Marks(), block=4)
@@ -142,16 +145,65 @@ def test_it_goes_on_after_a_kill(tmp_path):
     ({"block": 5}, r"block \(4, not 5\)"),
 ])  # fmt: skip
 @pytest.mark.parametrize("whole", [True, False])
-def test_another_cache_is_refused_and_left_alone(tmp_path, change, told, whole):
+def test_another_cache_is_made_again(tmp_path, caplog, change, told, whole):
     given = {"names": NAMES, "read": read, "describe": Marks(), "block": 4}
-    cache.fill(tmp_path, **given)
+    folder, fresh = tmp_path / "other", tmp_path / "fresh"
+    cache.fill(folder, **given)
     if not whole:
-        path = tmp_path / "manifest.json"
-        path.write_text(path.read_text().replace('"complete": true', '"complete": 0'))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=told + ".*give another folder"):
-        cache.fill(tmp_path, **given | change)
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        path = folder / "manifest.json"
+        about = checksums.read_manifest(path, "")
+        checksums.write_manifest(path, about | {"complete": False})
+    if isinstance(change.get("describe"), features.Sift):
+        change = change | {"read": noise}
+    cache.fill(folder, **given | change)
+    cache.fill(fresh, **given | change)
+    made, expected = (
+        {path.name: path.read_bytes() for path in place.iterdir()}
+        for place in (folder, fresh)
+    )
+    assert made == expected
+    (line,) = [each.message for each in caplog.records]
+    assert re.search(told, line)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "zeroed", "swapped", "gone"])
+def test_a_damaged_block_is_refused_by_name_and_described_again(tmp_path, fault):
+    filled = cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    path, other = (tmp_path / f"0000{number}.safetensors" for number in (1, 0))
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    damaged = {
+        "flipped": whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :],
+        "cut": whole[:-1],
+        "zeroed": bytes(len(whole)),
+        "swapped": other.read_bytes(),
+    }
+    path.unlink() if fault == "gone" else path.write_bytes(damaged[fault])
+    with pytest.raises(checksums.Damaged, match="00001.safetensors: .*04_tune_rerank"):
+        filled[5]
+    Marks.counted.clear()
+    again = cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    assert Marks.counted == [4, 5, 6, 7]
+    assert path.read_bytes() == whole and again[5].size == (6, 7)
+
+
+def test_a_damaged_manifest_is_refused_by_name_and_all_is_described_again(tmp_path):
+    cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    path = tmp_path / "manifest.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"images": 11', '"images": 10'))
+    with pytest.raises(checksums.Damaged, match="manifest.json: damaged"):
+        cache.Cache(tmp_path)
+    cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    assert path.read_text() == whole
+
+
+def test_blocks_without_a_manifest_are_described_again(tmp_path):
+    """As a run leaves them that was killed while it removed a cache of other images."""
+    cache.fill(tmp_path, NAMES[::-1], read, Marks(), block=4)
+    (tmp_path / "manifest.json").unlink()
+    filled = cache.fill(tmp_path, NAMES, read, Marks(), block=4)
+    assert [int(images.size[0]) for images in filled] == list(range(1, 12))
 
 
 def test_opening_it_for_another_describer_is_refused(tmp_path):

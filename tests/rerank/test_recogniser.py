@@ -89,10 +89,10 @@ def test_who_reads_the_whole_batch_says_so():
     [
         ({}, "models must be there"),
         ([], "models must be there"),
-        ({"models": {}}, "needs at least one model"),
+        ({"models": {}}, "name at least one"),
         ({"models": {"m": -1}}, "weight of model m is -1"),
         ({"models": {"m": float("nan")}}, "weight of model m is nan"),
-        ({"models": {"m": 0}}, "all models have weight 0"),
+        ({"models": {"m": 0}}, "all weights of models m are 0"),
         ({"models": {"m": 1}, "fusion": "tags"}, "'tags' is not one of scores, votes"),
         ({"models": {"m": 1}, "k": 3}, "no field 'k'; fields: models, steps, fusion"),
         ({"models": {"m": 1}, "steps": []}, "steps none: the order is vote"),

@@ -1,8 +1,10 @@
 import dataclasses
+import math
 
 import pytest
 
 from kit import config
+from kit.losses.heads import Head
 from kit.models.net import NetConfig
 from kit.training.job import Job, Stage, change
 from kit.training.optim import Optim
@@ -53,6 +55,29 @@ def test_what_does_not_fit_is_refused_by_name(fields, words):
         change(PLAN, **fields)
 
 
+NUMBERS = [
+    each.name
+    for part in (Stage, Head, Optim)
+    for each in dataclasses.fields(part)
+    if each.type in (int, float)
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 1e308, 10**400, True, "1"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_outside_of_its_meaning_must_be_refused_by_name(name, value):
+    with pytest.raises(
+        ValueError, match=rf"^stage first: .*\b{name}\b.* (is|cannot be) "
+    ):
+        change(PLAN, **{name: value})
+
+
+@pytest.mark.parametrize("epochs", [(-1.0,), (2.0, 1.0), (1.0, 1.0), (math.nan,)])
+def test_milestones_must_rise_from_zero(epochs):
+    with pytest.raises(ValueError, match="milestones"):
+        change(PLAN, milestones=epochs)
+
+
 def test_the_network_is_saved_with_the_input_that_extraction_uses(tmp_path):
     plan = change(PLAN, size=448, template="S2", eval_size=512)
     job = Job(plan, NetConfig(), tmp_path, tmp_path, tmp_path)
@@ -60,3 +85,27 @@ def test_the_network_is_saved_with_the_input_that_extraction_uses(tmp_path):
     assert (job.kept.input.size, job.kept.input.template) == (512, "")
     as_trained = dataclasses.replace(job, stage=change(plan, eval_size=0))
     assert as_trained.kept.input.size == 448
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "accumulate", "fits"),
+    [
+        *((1, 1, 1, False), (4, 1, 4, False), (4, 2, 2, False), (2, 4, 1, False)),
+        *((2, 1, 1, True), (8, 2, 2, True), (6, 1, 4, False)),
+    ],
+)
+def test_parts_of_a_batch_must_hold_two_images_for_a_batch_norm(
+    tmp_path, batch, world, accumulate, fits
+):
+    plan, places = change(PLAN, batch=batch), (tmp_path, tmp_path, tmp_path)
+    job = Job(plan, NetConfig(), *places, accumulate=accumulate)
+    bare = Job(plan, NetConfig(neck="none"), *places, accumulate=accumulate)
+    if fits:
+        job.check_parts(world)
+        return
+    with pytest.raises(ValueError, match=f"stage first: .*batch.* {accumulate} part"):
+        job.check_parts(world)
+    if batch // world % accumulate == 0:
+        bare.check_parts(world)
+        frozen = dataclasses.replace(job, stage=change(plan, frozen_norms=True))
+        frozen.check_parts(world)

@@ -47,7 +47,7 @@ def labelled(images: ImageList, features: Features, graph: Graph) -> Labelled:
     if len(graph) != len(features):
         raise ValueError(
             f"the graph has {len(graph)} images, the features {len(features)}; "
-            "build it again"
+            "build it again: 03_extract_features"
         )
     repeated = images.rows["id"].duplicated()
     if repeated.any():

@@ -60,7 +60,7 @@ def verify(
     seed: int = 0,
     processes: int = 0,
 ) -> Verified:
-    """Verifies what is not yet there; refuses a folder of another list, features or way.
+    """Verifies what is not yet there; pairs of another list, features or way are replaced.
 
     features: what `kit.features.graph.identity` tells of those behind the graph. data: the folder
     that the list's paths start from. processes: 0 works in this one. Raises launch.Stopped when

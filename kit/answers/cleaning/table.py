@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.rule import Kept
 from kit.data import tables
+from kit.text import in_a_line
 
 
 def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
@@ -49,12 +50,13 @@ def write(path: Path, given: Labelled, kept: Kept, how: dict[str, Any]) -> Path:
         "hash": files.sha256(path),
         "kit": kit.__version__,
     }
-    files.write_json(path.with_suffix(".json"), about)
+    about["checksums"] = checksums.compute_checksums(path.parent, [path.name])
+    checksums.write_manifest(path.with_suffix(".json"), about)
     return path
 
 
 def trusted(path: Path, given: Labelled) -> np.ndarray:
-    """(N,) bool: images that a table in this form names under their landmark."""
+    """(N,) bool: images that a table in this form names under their landmark, at least one."""
     listed = tables.read_csv(path, ("landmark_id", "images"))
     pairs = {
         (image, landmark)
@@ -63,4 +65,12 @@ def trusted(path: Path, given: Labelled) -> np.ndarray:
     }
     rows = given.images.rows
     named = zip(rows["id"], rows["landmark_id"], strict=True)
-    return np.fromiter((pair in pairs for pair in named), bool, len(rows))
+    found = np.fromiter((pair in pairs for pair in named), bool, len(rows))
+    if not found.any():
+        first = listed.iloc[0].to_dict() if len(listed) else "no rows"
+        raise ValueError(
+            f"{path}: no image of list {given.images.name} stands there under its landmark; it "
+            f"has {in_a_line(first)}, the list has image {rows['id'].iloc[0]!r} of landmark "
+            f"{rows['landmark_id'].iloc[0]!r}"
+        )
+    return found

@@ -1,7 +1,7 @@
 """The inliers of a list's pairs of candidates, on disk.
 
 <folder>/manifest.json    list, features, backend and its parameters, candidates an image; at the
-                          end `complete`, blocks, pairs, unreadable (paths)
+                          end `complete`, blocks, pairs, unreadable (paths), checksums
          candidates.npy   (N, most) int32 rows of the list, best first; -1 where there are no more
          00000.npy        of a block of landmarks, (P, 4) int32: two rows of the list, the lower
                           one first; their inliers; whose candidate is whose (1: the second is
@@ -11,6 +11,7 @@
 A block is written once, whole. `kit.answers.cleaning.pairs` fills it.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,11 @@ from typing import Any
 import numpy as np
 
 import kit
-from kit import files
+from kit import checksums, files
 
+log = logging.getLogger(__name__)
+
+REPAIR = "make it again: run 01_clean_labels once more"
 MAX_UNREADABLE = 0.2  # share of the images; more looks like a lost disk
 FIRST, SECOND = 1, 2  # the other image is a candidate of the pair's first, its second
 
@@ -31,13 +35,16 @@ class Verified:
     def __init__(self, folder: Path) -> None:
         about = folder / "manifest.json"
         if not about.exists():
-            raise FileNotFoundError(f"no verified pairs in {folder}; verify them first")
-        self.folder, self.manifest = folder, files.read_json(about)
+            raise FileNotFoundError(
+                f"no verified pairs in {folder}; verify them first: 01_clean_labels"
+            )
+        self.folder = folder
+        self.manifest = checksums.read_manifest(about, REPAIR, ("complete",))
         if not self.manifest["complete"]:
-            raise ValueError(f"{folder}: not all pairs are verified; go on with it")
-        self.candidates = np.load(
-            folder / "candidates.npy", mmap_mode="r", allow_pickle=False
-        )
+            raise ValueError(
+                f"{folder}: not all pairs are verified; go on with it: 01_clean_labels"
+            )
+        self.candidates = self._open("candidates.npy")
 
     def __len__(self) -> int:
         """How many images the list has."""
@@ -46,7 +53,11 @@ class Verified:
     def blocks(self) -> Iterator[np.ndarray]:
         """(P, 4) int32, see the module."""
         for number in range(self.manifest["blocks"]):
-            yield np.load(path(self.folder, number), allow_pickle=False)
+            yield self._open(path(self.folder, number).name)
+
+    def _open(self, name: str) -> np.ndarray:
+        checksums.verify_files(self.folder, self.manifest, REPAIR, [name])
+        return checksums.open_array(self.folder / name, REPAIR)
 
     def directed(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Images (P,), a candidate of each, and their inliers; a mutual pair comes twice."""
@@ -74,21 +85,25 @@ class Verified:
 
 
 def begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of what is there or begins here; refuses pairs that were `made` otherwise."""
+    """The manifest of what is there or begins here.
+
+    Pairs that were `made` otherwise are removed, and damaged blocks.
+    """
     about = folder / "manifest.json"
-    if about.exists():
-        there = files.read_json(about)
-        for name, value in made.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"{folder} holds pairs verified with another {name} "
-                    f"({there.get(name)}, not {value}); give another folder"
-                )
-    else:
+    there = checksums.find_manifest(about, ("complete",))
+    for damaged in checksums.find_damaged(folder, there):
+        for end in (".npy", ".json"):  # a block's pairs and what of it is unreadable
+            damaged.with_suffix(end).unlink(missing_ok=True)
+        there |= {"complete": False}
+    if there and (other := files.differing(there, made)):
+        log.warning("%s: verified again, it was made with another %s", folder, other)
+        there = {}
+    if not there:
+        for name in ("manifest.json", "*.npy", "*.json"):  # the first makes them valid
+            for old in folder.glob(name):
+                old.unlink()
         there = made | {"complete": False, "kit": kit.__version__}
-        files.write_json(about, there)
-    for left in folder.glob(".*.part"):  # by a run that was killed
-        left.unlink()
+        checksums.write_manifest(about, there)
     return there
 
 
@@ -135,7 +150,13 @@ def finish(folder: Path, there: dict[str, Any], blocks: int) -> None:
             "run it again"
         )
     counted = {"blocks": blocks, "pairs": pairs, "unreadable": sorted(unreadable)}
-    files.write_json(folder / "manifest.json", there | counted | {"complete": True})
+    names = [*folder.glob("*.npy"), *folder.glob("[0-9]*.json")]
+    counted["checksums"] = checksums.compute_checksums(
+        folder, sorted(path.name for path in names)
+    )
+    checksums.write_manifest(
+        folder / "manifest.json", there | counted | {"complete": True}
+    )
 
 
 def path(folder: Path, number: int) -> Path:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from kit.answers.metrics import (
     benchmark,
     definitions,
@@ -87,13 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--table", type=Path, required=True, help=_form())
     one.add_argument("--images", type=Path, required=True, help="where paths start")
     one.add_argument("--distractors", type=Path, help="folder of more pictures")
-    _networks(one, **views)
+    _networks(one, size=0, template=OWN, scales=[1.0], multiple=16)
     for each in (commands.choices["revisited"], commands.choices["folder"]):
         each.add_argument("--whole", action="store_true", help="do not crop queries")
     one = command("convert", _convert, "write a ground truth as JSON")
     one.add_argument("ground_truth", type=Path)
     one.add_argument("out", type=Path, metavar="JSON")
     return parser
+
+
+def _model() -> str:
+    return (
+        "folder of a trained stage; or untrained:RECIPE, timm:BACKBONE[=FILE of weights], "
+        "packaged:efficientnet-lite0 (lite1, lite2)"
+    )
 
 
 def _form() -> str:
@@ -108,13 +117,18 @@ def _networks(
     multiple: int,
 ) -> None:
     add = parser.add_argument
-    add("--model", type=Path, nargs="+", required=True, metavar="RUN_DIR")
+    add("--model", nargs="+", required=True, metavar="NETWORK", help=_model())
     add("--work", type=Path, required=True, help="everything is written here")
     add("--chain", type=Path, help="chain.json that reranks")
     add("--gpus", type=int, default=1, metavar="N", help="processes that extract")
     add("--workers", type=int, default=2, help="loader processes of each")
     add("--batch", type=int, default=32, help="images at a time")
-    add("--size", type=int, default=size, help="pixels (default: %(default)s)")
+    add(
+        "--size",
+        type=int,
+        default=size,
+        help="pixels; 0: its own (default: %(default)s)",
+    )
     add("--template", default=template, help="own, square, longest, bounded, L2, ...")
     add("--scales", type=float, nargs="+", default=scales, metavar="S")
     add("--multiple", type=int, default=multiple, help="pixels, of a scaled side")
@@ -132,7 +146,7 @@ def _looking(given: argparse.Namespace) -> Networks:
     if given.gpus < 1:
         raise ValueError(f"--gpus is {given.gpus}, not at least 1")
     machine = given.gpus, given.workers, given.batch
-    return Networks(*extraction.networks(given.model), views, *machine)
+    return Networks(*extraction.networks(given.model, given.work), views, *machine)
 
 
 def _submission(given: argparse.Namespace) -> Iterator[str]:
@@ -140,15 +154,22 @@ def _submission(given: argparse.Namespace) -> Iterator[str]:
     found: gap.Score | mean_ap.Score
     if "landmarks" in tables.read_csv(given.submission, ("id",), ("landmarks",)):
         found = gap.evaluate_file(*pair)
+        _refuse_no_query(found.queries, given.solution)
         yield str(found)
     else:
         found = mean_ap.evaluate_file(*pair)
+        _refuse_no_query(found.queries, given.solution)
         yield str(found)
         asked, ranked = mean_ap.answers(given.submission)
         solution = tables.read_solution(given.solution)
         yield definitions.show(definitions.evaluate(asked, ranked, solution))
     told = protocol.file(given.solution)
     yield f"measured with: ground truth {told}; queries {len(found.queries):,} whole"
+
+
+def _refuse_no_query(queries: pd.DataFrame, solution: Path) -> None:
+    if queries.empty:
+        raise ValueError(f"{solution}: no query counts, each of its rows is Ignored")
 
 
 def _gldv2(given: argparse.Namespace) -> Iterator[str]:
@@ -170,17 +191,22 @@ def _revisited(given: argparse.Namespace) -> Iterator[str]:
     name = path.stem.removeprefix("gnd_") if path.is_file() else path.resolve().name
     told = protocol.file(path)
     found = benchmark.by_name(truth, told, name, given.images)
-    yield from _benchmark(given, found)
+    yield from _benchmark(given, found, _looking(given))
 
 
 def _folder(given: argparse.Namespace) -> Iterator[str]:
     truth, told = folders.read(given.table), protocol.file(given.table)
-    yield from _benchmark(given, benchmark.by_path(truth, told, given.table.stem))
+    asked = benchmark.by_path(truth, told, given.table.stem)
+    networks = _looking(given)
+    yield from extraction.views_of(networks)
+    yield from _benchmark(given, asked, networks)
 
 
-def _benchmark(given: argparse.Namespace, asked: benchmark.Benchmark) -> Iterator[str]:
+def _benchmark(
+    given: argparse.Namespace, asked: benchmark.Benchmark, networks: Networks
+) -> Iterator[str]:
     found = benchmark.evaluate(
-        *(asked, given.images, given.work, _looking(given)),
+        *(asked, given.images, given.work, networks),
         whole=given.whole,
         distractors=given.distractors,
         chain=given.chain and chains.load(given.chain),

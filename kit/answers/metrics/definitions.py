@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers.metrics.gap import HALVES
-from kit.answers.metrics.mean_ap import average_precision, marked
+from kit.answers.metrics.mean_ap import average_precision, marked, show_score
 
 PLACES = (1, 5, 10, 20, 100)  # of CMC, precision and recall
 MEAN_PRECISION = (5,)
@@ -126,10 +126,15 @@ def evaluate(
 def show(table: pd.DataFrame) -> str:
     """One line a definition."""
     lines = (
-        f"private {row.private:.4f}  public {row.public:.4f}  {row.definition}"
+        f"{show_halves(row.private, row.public)}  {row.definition}"
         for row in table.itertuples()
     )
     return "\n".join(lines)
+
+
+def show_halves(private: float, public: float) -> str:
+    """Both numbers, as `mean_ap.show_score` shows them."""
+    return f"private {show_score(private)}  public {show_score(public)}"
 
 
 def _curve(hits: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

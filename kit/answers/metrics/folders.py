@@ -15,7 +15,8 @@ import pandas as pd
 
 from kit.answers.metrics.ground_truth import Box, GroundTruth, Query
 from kit.data import tars
-from kit.data.tables import in_a_line, read_csv
+from kit.data.tables import read_csv
+from kit.text import in_a_line
 
 BOX = ("x", "y", "w", "h")
 ASKS = {"0": (False, True), "": (False, True), "1": (True, False), "both": (True, True)}
@@ -41,7 +42,8 @@ def read(path: Path) -> GroundTruth:
         same = np.sort(members.get(row["label"], np.empty(0, np.int64)))
         own = rows[[at]] if searched[at] else np.empty(0, np.int64)
         groups = {"same": np.setdiff1d(same, own), "self": own}
-        queries.append(Query(row["path"], _box(row, at, path), groups))
+        box = _box(row, at, path)
+        queries.append(Query(row["path"], box, groups, row["label"]))
     return GroundTruth("labels", table.loc[searched, "path"].tolist(), queries)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
-from kit.data.tables import read_recognition
+from kit.answers.metrics.mean_ap import show_score
+from kit.data.tables import decode_label, read_recognition
 
 HALVES = ("Public", "Private")
 
@@ -31,7 +32,10 @@ class Score:
     queries: pd.DataFrame
 
     def __str__(self) -> str:
-        return f"private GAP {self.private:.4f}  public GAP {self.public:.4f}"
+        if not any_landmark(self.queries.rename(columns={"truth": "landmarks"})):
+            return "GAP is not defined: no query shows a landmark that is known"
+        halves = (("private", self.private), ("public", self.public))
+        return "  ".join(f"{half} GAP {show_score(score)}" for half, score in halves)
 
 
 def average(confidences: np.ndarray, correct: np.ndarray, positives: int) -> float:
@@ -57,7 +61,8 @@ def evaluate(predictions: pd.DataFrame, solution: pd.DataFrame) -> Score:
     asked = solution[solution["usage"] != "Ignored"].reset_index(drop=True)
     found = made[["landmark", "confidence"]].reindex(asked["id"])
     landmark = found["landmark"].fillna("").to_numpy(dtype=object)
-    pairs = zip(landmark, asked["landmarks"].str.split(), strict=True)
+    truth = ([decode_label(word) for word in t.split()] for t in asked["landmarks"])
+    pairs = zip(landmark, truth, strict=True)
     queries = pd.DataFrame(
         {
             "id": asked["id"],
@@ -71,6 +76,16 @@ def evaluate(predictions: pd.DataFrame, solution: pd.DataFrame) -> Score:
     scores = [_half(queries, half) for half in HALVES]
     accuracy = {half: share for half, (_, share) in zip(HALVES, scores, strict=True)}
     return Score(scores[0][0], scores[1][0], accuracy, queries)
+
+
+def any_landmark(solution: pd.DataFrame, half: str = "") -> bool:
+    """Whether a query (of one half) of a table of `read_recognition` shows a landmark.
+
+    Without one, as where every class of the queries is held out of training, no prediction can be
+    right and GAP is not defined.
+    """
+    counts = solution["usage"].isin([half] if half else HALVES)
+    return bool((counts & (solution["landmarks"].str.strip() != "")).any())
 
 
 def coverage(score: Score, half: str) -> pd.DataFrame:

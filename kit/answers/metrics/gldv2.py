@@ -71,11 +71,16 @@ def evaluate(options: Options, predict: Predict | None = None) -> Iterator[str]:
         raise FileNotFoundError(
             f"{truths[1]}: no ground truth of GAP there; name no reference to go without"
         )
+    _refuse_no_query(truths[0], tables.read_solution(truths[0]), "images")
+    if options.reference:
+        found = tables.read_recognition(truths[1])
+        _refuse_no_query(truths[1], found, "landmarks")
     _build(options, wanted)
+    asked, searched = (lists.load(options.lists, name) for name in wanted[:2])
+    _refuse_foreign_answers(truths[0], searched)
     for name in wanted:
         place = options.data, options.work / "features"
         extraction.extracted(options.networks, options.lists, name, *place)
-    asked, searched = (lists.load(options.lists, name) for name in wanted[:2])
     voters = lists.find(options.lists, options.reference) if options.reference else None
     plan = options.networks.chain(options.chain)
     scenes = Scenes(
@@ -88,6 +93,26 @@ def evaluate(options: Options, predict: Predict | None = None) -> Iterator[str]:
     if voters is not None:
         name = predict or vote(landmarks(voters))
         yield from _recognition(options, plan, scenes, name, warning)
+
+
+def _refuse_no_query(path: Path, solution: pd.DataFrame, column: str) -> None:
+    """Raise ValueError where no query counts: every mean would be NaN."""
+    counts = (solution["usage"] != "Ignored") & (solution[column].str.strip() != "")
+    if not counts.any():
+        raise ValueError(
+            f"{path}: no query counts, all {len(solution)} are Ignored or have no {column}"
+        )
+
+
+def _refuse_foreign_answers(path: Path, searched: lists.ImageList) -> None:
+    """Raise ValueError where no right answer is in the index, so that nothing can be found."""
+    answers = " ".join(tables.read_solution(path)["images"]).split()
+    index = set(searched.rows["id"])
+    if index.isdisjoint(answers):
+        raise ValueError(
+            f"{path}: none of its {len(answers)} right answers, such as {answers[0]!r}, is in "
+            f"list {searched.name}, whose ids are such as {searched.rows['id'].iloc[0]!r}"
+        )
 
 
 def vote(names: Mapping[int, str], votes: int = VOTES) -> Predict:
@@ -174,10 +199,8 @@ def _recognition(
     path = options.data / RECOGNITION
     score = gap.evaluate(predict(scenes.of(plan.models)), tables.read_recognition(path))
     yield f"{score}{warning}"
-    yield (
-        f"private {score.accuracy['Private']:.4f}  public {score.accuracy['Public']:.4f}  "
-        f"accuracy: correct / queries that show a landmark{warning}"
-    )
+    accuracy = definitions.show_halves(*map(score.accuracy.get, ("Private", "Public")))
+    yield f"{accuracy}  accuracy: correct / queries that show a landmark{warning}"
     told = _protocol(options, plan, path, len(score.queries), scenes.reference)
     yield f"measured with: {told}"
 

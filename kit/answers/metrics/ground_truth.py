@@ -53,6 +53,7 @@ class Query:
     image: str
     box: Box | None  # None: the whole image
     groups: Mapping[str, np.ndarray]  # rows of GroundTruth.images
+    label: str = ""  # its class, where a table tells it
 
 
 @dataclass(frozen=True)

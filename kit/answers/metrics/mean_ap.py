@@ -12,6 +12,11 @@ from kit.answers import submission
 from kit.data.tables import read_solution
 
 
+def show_score(score: float) -> str:
+    """Four digits; NaN is a half in which no query counts."""
+    return "(no query)" if np.isnan(score) else f"{score:.4f}"
+
+
 @dataclass(frozen=True)
 class Score:
     """mAP@100 of both halves; NaN where a half has no query."""
@@ -23,7 +28,10 @@ class Score:
     queries: pd.DataFrame
 
     def __str__(self) -> str:
-        return f"private mAP@100 {self.private:.4f}  public mAP@100 {self.public:.4f}"
+        halves = (("private", self.private), ("public", self.public))
+        return "  ".join(
+            f"{half} mAP@100 {show_score(score)}" for half, score in halves
+        )
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -61,7 +69,9 @@ def marked(
             f"query {asked['id'][row < 0].iloc[0]} of the solution has no answer "
             f"({int((row < 0).sum())} missing)"
         )
-    truth = [images.split() for images in asked["images"]]
+    codes, texts = pd.factorize(asked["images"])  # queries of a landmark share theirs
+    split = [images.split() for images in texts]
+    truth = [split[code] for code in codes]
     hits = np.zeros((len(asked), k), dtype=bool)
     # sets take less than half the time that tables and arrays of text do
     for images, ranking, places in zip(

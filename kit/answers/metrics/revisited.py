@@ -54,7 +54,8 @@ class Score:
     def __str__(self) -> str:
         pairs = zip(AT, self.mean_precision, strict=True)
         precisions = "  ".join(f"mP@{k} {value:.4f}" for k, value in pairs)
-        return f"mAP {self.mean_ap:.4f}  {precisions}  ({self.queries} queries)"
+        mean = f"mAP (trapezoid) {self.mean_ap:.4f}"
+        return f"{mean}  {precisions}  ({self.queries} queries)"
 
 
 def evaluate(queries: Sequence[Places], setup: Setup) -> Score:
@@ -88,11 +89,18 @@ def precision(places: np.ndarray, k: int) -> float:
 
 def _query(places: Places, setup: Setup) -> list[float]:
     """AP, then precision at each of AT."""
+    found, positives = places_found(places, setup)
+    if not positives:
+        return [float("nan")] * (1 + len(AT))
+    ap = average_precision(found, positives)
+    return [ap, *(precision(found, k) for k in AT)]
+
+
+def places_found(places: Places, setup: Setup) -> tuple[np.ndarray, int]:
+    """Places of the positives in the ranking, ascending, as if junk were not there; and how many
+    positives there are.
+    """
     positive = np.concatenate([places[name] for name in setup.positive])
     junk = np.concatenate([places[name] for name in setup.junk])
-    if not len(positive):
-        return [float("nan")] * (1 + len(AT))
     found, junk = np.sort(positive[positive >= 0]), np.sort(junk[junk >= 0])
-    found = found - np.searchsorted(junk, found)  # as if junk were not there
-    ap = average_precision(found, len(positive))
-    return [ap, *(precision(found, k) for k in AT)]
+    return found - np.searchsorted(junk, found), len(positive)

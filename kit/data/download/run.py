@@ -29,7 +29,7 @@ from kit.data.download.official import Official, Tar
 from kit.data.download.order import Order, refuse
 from kit.data.download.transfer import Client, Failed
 from kit.data.readers import open_reader
-from kit.data.tables import in_a_line
+from kit.text import in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def _settle(order: Order, source: Official) -> None:
         files.write_json(path, order.settings)
     places = (order.out, order.home, order.metadata)
     for folder in (*places, *(p / split for p in places for split in order.splits)):
-        for left in folder.glob(".*.part"):
-            left.unlink()
+        files.sweep_parts(folder, deep=False)  # not into millions of images
+    files.sweep_parts(order.out / "train" / "country")
     if order.kind != "tars":
         for tar in filter(order.is_done, order.tars(source)):
             order.original(tar).unlink(missing_ok=True)

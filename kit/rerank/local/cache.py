@@ -1,13 +1,15 @@
 """Local features on disk: described once, block by block, resumable.
 
 <folder>/manifest.json       describer and its parameters, images (count, hash of their names),
-                             block; `complete`, `unreadable` and `keypoints` at the end
+                             block; `complete`, `unreadable`, `keypoints` and the blocks'
+                             checksums at the end
          00000.safetensors   of a block of images, one after the other:
                              keypoints (n, 2) float32, descriptors (n, d) float16,
                              starts (images + 1,) int64, sizes (images, 2) int32: height, width
                              (0, 0 where the image could not be read)
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -20,11 +22,18 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import kit
-from kit import files
+from kit import checksums, files
 from kit.data.readers import UnreadableImage
 from kit.rerank.local import spread
 from kit.rerank.local.features import Describer, LocalFeatures, nothing
 
+log = logging.getLogger(__name__)
+
+REPAIR = (
+    "make it again: run the step that uses it once more (04_tune_rerank, 07_recognition, "
+    "01_clean_labels), or remove its folder"
+)
+FIELDS = ("describer", "parameters", "images", "names", "block", "complete")
 OPEN = 64  # blocks whose file stays open
 
 
@@ -37,11 +46,14 @@ class Cache(Sequence):
         self.manifest = _manifest(folder)
         if not self.manifest:
             raise FileNotFoundError(f"no local features in {folder}; fill it first")
-        if describe is not None:
-            _refuse_others(folder, self.manifest, made_by(describe))
+        wanted = made_by(describe) if describe is not None else {}
+        if other := files.differing(self.manifest, wanted):
+            raise ValueError(
+                f"{folder} holds local features with another {other}; fill it again"
+            )
         if not self.manifest["complete"]:
             raise ValueError(f"{folder}: not all images are described; fill it again")
-        self._block = lru_cache(OPEN)(_Block)
+        self._block = lru_cache(OPEN)(self._open)
 
     def __len__(self) -> int:
         return self.manifest["images"]
@@ -50,7 +62,12 @@ class Cache(Sequence):
         if not 0 <= number < len(self):
             raise IndexError(f"image {number} of {len(self)} in {self.folder}")
         block, at = divmod(number, self.manifest["block"])
-        return self._block(_path(self.folder, block)).image(at)
+        return self._block(block).image(at)
+
+    def _open(self, block: int) -> "_Block":
+        path = _path(self.folder, block)
+        checksums.verify_files(self.folder, self.manifest, REPAIR, [path.name])
+        return _Block(path)
 
     def __reduce__(self) -> tuple:
         return Cache, (self.folder,)  # another process opens the files anew
@@ -87,8 +104,8 @@ def fill(
     """Describes the images `names` that `read` gives, decoded; goes on where it stopped.
 
     An image for which `read` raises UnreadableImage has no keypoints and is named in the
-    manifest. processes: 0 works in this one; else `read` is pickled. A folder with features of
-    other images, another describer or other parameters is refused.
+    manifest. processes: 0 works in this one; else `read` is pickled. Features of other images, of
+    another describer or with other parameters are replaced, and damaged blocks.
     """
     if block < 1:
         raise ValueError(f"block is {block}; it is at least 1")
@@ -99,14 +116,23 @@ def fill(
         "block": block,
     }
     with files.lock(folder):
-        there = _manifest(folder)
-        if there:
-            _refuse_others(folder, there, made)
-        else:
+        there = checksums.find_manifest(folder / "manifest.json", FIELDS)
+        for path in checksums.find_damaged(folder, there):
+            path.unlink(missing_ok=True)
+        if there and (other := files.differing(there, made)):
+            log.warning(
+                "%s: described again, it was made with another %s", folder, other
+            )
+            there = {}
+        if not there:
+            for name in (
+                "manifest.json",
+                "[0-9]*.safetensors",
+            ):  # the first makes them valid
+                for old in folder.glob(name):
+                    old.unlink()
             begun = {"complete": False, "kit": kit.__version__}
-            files.write_json(folder / "manifest.json", made | begun)
-        for left in folder.glob(".*.part"):  # by a run that was killed
-            left.unlink()
+            checksums.write_manifest(folder / "manifest.json", made | begun)
         blocks = range(-(-len(names) // block))
         todo = [number for number in blocks if not _path(folder, number).exists()]
         pieces = [
@@ -118,9 +144,10 @@ def fill(
             pass
         if not (there and there["complete"] and not todo):
             about = made | {"complete": True, "kit": kit.__version__}
-            files.write_json(
-                folder / "manifest.json", about | _counts(folder, names, block)
-            )
+            about |= _counts(folder, names, block)
+            whole = [_path(folder, number).name for number in blocks]
+            about["checksums"] = checksums.compute_checksums(folder, whole)
+            checksums.write_manifest(folder / "manifest.json", about)
     return Cache(folder, describe)
 
 
@@ -147,7 +174,8 @@ def _describe(
         "starts": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "sizes": np.array([each.size for each in found], np.int32),
     }
-    with files.replacing(path) as temporary:
+    size = sum(each.nbytes for each in tensors.values())
+    with files.replacing(path, size, aside=True) as temporary:
         save_file(tensors, temporary)
 
 
@@ -161,18 +189,9 @@ def _counts(folder: Path, names: list[str], block: int) -> dict[str, Any]:
     return {"unreadable": unreadable, "keypoints": keypoints}
 
 
-def _refuse_others(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"{folder} holds local features with another {name} "
-                f"({there.get(name)}, not {value}); give another folder"
-            )
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    return files.read_json(path) if path.exists() else {}
+    return checksums.read_manifest(path, REPAIR, FIELDS) if path.exists() else {}
 
 
 def _path(folder: Path, block: int) -> Path:

@@ -1,6 +1,5 @@
 """Lists, graphs and pictures that the tests of cleaning share."""
 
-import json
 from pathlib import Path
 
 import cv2
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit import checksums
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.verified import Verified
 from kit.data.lists import ImageList
@@ -81,7 +81,9 @@ def stored(folder: Path, found: np.ndarray, inliers: np.ndarray) -> Verified:
     for number, part in enumerate(parts):
         np.save(folder / f"{number:05d}.npy", part)
     about = {"complete": True, "blocks": 3, "pairs": len(rows)}
-    (folder / "manifest.json").write_text(json.dumps(about))
+    names = [path.name for path in folder.glob("*.npy")]
+    about["checksums"] = checksums.compute_checksums(folder, names)
+    checksums.write_manifest(folder / "manifest.json", about)
     return Verified(folder)
 
 

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kit import launch
+from kit import files, launch
 from kit.answers.cleaning import pairs
 from kit.answers.cleaning.candidates import Labelled
 from kit.answers.cleaning.verified import Verified
@@ -250,8 +252,8 @@ def test_when_the_time_is_over_it_stops_and_goes_on_later(
     ({"way": replace(WAY, match=matching.Ranked())}, "another matcher"),
     ({"way": replace(WAY, geometry=Geometry(threshold=9.0))}, "another geometry"),
 ])  # fmt: skip
-def test_pairs_verified_otherwise_are_refused_and_left_alone(
-    pictures, done, blocks_of_8, change, told
+def test_pairs_verified_otherwise_are_made_again(
+    pictures, done, blocks_of_8, tmp_path, monkeypatch, caplog, change, told
 ):
     data, images, graph = pictures
     change = dict(change)
@@ -260,10 +262,25 @@ def test_pairs_verified_otherwise_are_refused_and_left_alone(
     if "graph" in change:
         k = change.pop("graph")
         graph = replace(graph, rows=graph.rows[:, :k], scores=graph.scores[:, :k])
-    before = content(done.folder)
-    with pytest.raises(ValueError, match=told):
-        verify(done.folder, (data, images, graph), **change)
-    assert content(done.folder) == before
+    folder = shutil.copytree(done.folder, tmp_path / "sift")
+
+    def stop(*_: object) -> None:
+        raise launch.Stopped
+
+    monkeypatch.setattr(pairs.candidates, "write", stop)  # the first thing that is made
+    with pytest.raises(launch.Stopped):
+        verify(folder, (data, images, graph), **change)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "manifest.json"]
+    assert not files.read_json(folder / "manifest.json")["complete"]
+    (line,) = [each.message for each in caplog.records]
+    assert re.search(told, line)
+
+
+def test_pairs_made_again_are_those_of_an_empty_folder(pictures, done, tmp_path):
+    folder = shutil.copytree(done.folder, tmp_path / "sift")
+    verify(folder, pictures, most=2)
+    fresh = verify(tmp_path / "fresh", pictures, most=2)
+    assert content(folder) == content(fresh.folder)
 
 
 def test_pairs_that_are_not_there_are_refused(tmp_path):

@@ -70,6 +70,24 @@ def test_an_image_under_another_landmark_is_not_trusted(tmp_path):
     assert np.flatnonzero(table.trusted(path, given)).tolist() == [3]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "897,0000000000000001.jpg 0000000000000003.jpg",
+        "897.0,0000000000000001 0000000000000003",
+        "900,0000000000000001 0000000000000003",  # both are of 897
+        "897,1 3",
+        "",
+    ],
+)
+def test_a_trusted_list_that_names_no_image_of_the_list_must_be_refused(tmp_path, row):
+    path = tmp_path / "other.csv"
+    path.write_text(f"landmark_id,images\n{row}\n")
+    with pytest.raises(ValueError, match="other.csv: no image of list") as refused:
+        table.trusted(path, given_list())
+    assert all(word in str(refused.value) for word in row.split(","))
+
+
 def test_beside_it_stands_how_it_was_made(tmp_path):
     given, how = given_list(), {"rule": {"mode": "votes"}}
     stays = kept(given, [1, 3, 4])

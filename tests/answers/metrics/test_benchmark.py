@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from kit.rerank.chain import Chain
 from kit.rerank.steps import build
 from tests.answers.metrics import networks
 
+LOCAL = {"step": "local", "top": 6, "side": 64}
 VIEWS = Views(48, "bounded", (0.75, 1.0), multiple=8, least=8)
 
 
@@ -167,6 +169,40 @@ def test_a_second_evaluation_extracts_nothing(
     assert table.stat().st_mtime_ns == before
 
 
+def test_a_picture_is_extracted_once_in_whatever_tables_it_stands(
+    pictures, tmp_path, looks, monkeypatch
+):
+    seen = []
+    decode = images.decode
+
+    def counted(data, path, *more):
+        seen.append(path)
+        return decode(data, path, *more)
+
+    monkeypatch.setattr(images, "decode", counted)
+    shown = [f"image_{n:06}.jpg" for n in (1, 2, 5, 7, 8, 10, 11)]
+
+    def scored(work, name, paths, query, folder=pictures):
+        table = tmp_path / f"{name}.csv"
+        rows = [f"{path},{n % 2},{query}" for n, path in enumerate(paths)]
+        table.write_text("\n".join(["path,label,query", *rows]))
+        asked = by_path(folders.read(table), "t", name)
+        seen.clear()
+        found = evaluate(asked, folder, tmp_path / work, looks)
+        return found.scores, len(seen)
+
+    assert scored("work", "first", shown[:5], "both")[1] == 5
+    again, count = scored("work", "second", shown, "both")
+    assert count == 2  # of seven
+    alone, count = scored("alone", "second", shown, "both")
+    assert count == 7
+    np.testing.assert_array_equal(again["all"].ap, alone["all"].ap)
+    copy = shutil.copytree(pictures, tmp_path / "copy")
+    assert scored("work", "third", shown[:5], "both", copy)[1] == 5  # other files
+    networks.picture(copy / shown[0], 77)
+    assert scored("work", "fourth", shown[:5], "both", copy)[1] == 5  # a changed one
+
+
 def test_another_folder_of_pictures_is_looked_at_anew(asked, pictures, tmp_path, looks):
     evaluate(asked, pictures, tmp_path / "work", looks)
     link = tmp_path / "work/rtoy/images/index"
@@ -220,10 +256,44 @@ def test_a_chain_of_other_networks_is_refused(asked, pictures, tmp_path, looks):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_chain_reranks_no_distractors(asked, pictures, tmp_path, looks):
-    chain = Chain({"toy/c2x": 1.0}, (build({"step": "alpha_qe"}),))
-    with pytest.raises(ValueError, match="a chain reranks no distractors"):
-        evaluate(asked, pictures, tmp_path, looks, chain=chain, distractors=pictures)
+@pytest.mark.parametrize("step", [{"step": "alpha_qe"}, {"step": "dba"}, LOCAL])
+def test_a_chain_reranks_distractors_as_if_they_were_of_the_index(
+    truth, asked, pictures, tmp_path, looks, step
+):
+    names = [f"asked_{number}" for number in (1, 2)]
+    more = replace(truth, images=[*truth.images, *names])
+    whole = by_name(more, "gnd", "whole", pictures)
+    beside = tmp_path / "beside"
+    for path in whole.index[-2:]:
+        networks.picture(beside / path, int(path[6]), 60, 70)
+    chain = Chain({"toy/c2x": 1.0}, (build(step),))
+    found, expected = (
+        evaluate(
+            one, pictures, tmp_path / "work", looks, chain=chain, distractors=other
+        )
+        for one, other in ((asked, beside), (whole, None))
+    )
+    same(found, expected.scores)
+    assert "and 2 distractors" in str(found.protocol)
+
+
+def test_a_picture_takes_part_in_nothing_that_answers_it(pictures, tmp_path, looks):
+    """Each photo asks with another half of itself, beside the same table without the photo."""
+    paths = [f"image_{n:06}.jpg" for n in (1, 2, 5, 7, 8, 10, 11)]
+    chain = Chain({"other/clean": 1.0}, (build({"step": "dba"}), build(LOCAL)))
+
+    def scored(name, rows):
+        table = tmp_path / f"{name}.csv"
+        table.write_text("\n".join(["path,label,query", *rows]))
+        asked = by_path(folders.read(table), "t", name)
+        found = evaluate(asked, pictures, tmp_path / "work", looks, chain=chain)
+        return found.scores["all"].ap
+
+    labels = [f"{path},{n % 2}" for n, path in enumerate(paths)]
+    both = scored("both", [f"{row},both" for row in labels])
+    for query in (0, 3):
+        rows = [f"{row},{int(n == query)}" for n, row in enumerate(labels)]
+        assert scored("one", rows) == pytest.approx(both[query])
 
 
 def test_a_benchmark_is_not_called_as_the_distractors_are(
@@ -258,14 +328,16 @@ def test_a_chain_does_not_rank_what_does_not_fit(
     evaluate(asked, pictures, tmp_path, looks, chain=chain)
 
 
+@pytest.mark.parametrize("step", [None, {"step": "alpha_qe"}])
 def test_a_query_that_cannot_be_read_finds_nothing(
-    truth, pictures, tmp_path, looks, caplog
+    truth, pictures, tmp_path, looks, caplog, step
 ):
     broken = replace(truth.queries[0], image="image_000004")
     queries = [broken, *truth.queries[1:], *truth.queries]  # a fifth may be lost
     asked = by_name(replace(truth, queries=queries), "gnd.pkl", "rtoy", pictures)
+    chain = step and Chain({"toy/c2x": 1.0}, (build(step),))
     with caplog.at_level(logging.WARNING):
-        found = evaluate(asked, pictures, tmp_path, looks)
+        found = evaluate(asked, pictures, tmp_path, looks, chain=chain)
     assert "query 0 cannot be read, it finds nothing" in caplog.text
     assert found.scores["Medium"].ap[0] == 0 < found.scores["Medium"].ap[3]
     assert found.scores["Medium"].queries == 6

@@ -200,7 +200,7 @@ def test_each_line_tells_its_definition():
         columns=["definition", "public", "private"],
     )
     assert definitions.show(table) == (
-        "private nan  public 0.2500  CMC@1: any hit in 1\n"
+        "private (no query)  public 0.2500  CMC@1: any hit in 1\n"
         "private 0.5000  public 1.0000  mAP"
     )
 
@@ -216,3 +216,15 @@ def test_inputs_are_not_modified(answered):
     for measure in definitions.DEFINITIONS.values():
         measure(hits, positives)
     assert np.array_equal(hits, kept[0]) and np.array_equal(positives, kept[1])
+
+
+@pytest.mark.parametrize(
+    ("private", "public", "line"),
+    [
+        (0.25, 1.0, "private 0.2500  public 1.0000"),
+        (0.25, math.nan, "private 0.2500  public (no query)"),
+        (math.nan, 1.0, "private (no query)  public 1.0000"),
+    ],
+)
+def test_a_half_without_queries_must_be_named_and_have_no_number(private, public, line):
+    assert definitions.show_halves(private, public) == line

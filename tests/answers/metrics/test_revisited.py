@@ -96,7 +96,7 @@ def test_by_hand():
     hard = evaluate(asked, REVISITED["Hard"])  # hard, wrong
     assert (hard.mean_ap, hard.mean_precision) == (1, (1, 1, 1))
     assert str(hard) == (
-        "mAP 1.0000  mP@1 1.0000  mP@5 1.0000  mP@10 1.0000  (1 queries)"
+        "mAP (trapezoid) 1.0000  mP@1 1.0000  mP@5 1.0000  mP@10 1.0000  (1 queries)"
     )
 
 
