@@ -29,7 +29,7 @@ from kit.data import exclusions, images
 from kit.data.readers import Folder, UnreadableImage, open_reader
 from kit.data.sources import NONE_HELD_OUT, Facts
 from kit.data.tables import read_lines, read_solution
-from kit.text import in_a_line
+from kit.text import quoted
 
 log = logging.getLogger(__name__)
 
@@ -285,11 +285,13 @@ def _first_generation(
 def _searched(facts: Facts, index_ids: Path) -> set[str]:
     """A competition's index and every positive of the solution."""
     wanted = [line for line in read_lines(index_ids) if line != "id"]
+    if not wanted:
+        raise ValueError(f"{index_ids}: no id in it")
     known = set(facts.index["id"])
     strange = set(wanted) - known
     if strange:
         raise ValueError(
-            f"{index_ids}: {in_a_line(min(strange))} is not an image of the index "
+            f"{index_ids}: {quoted(min(strange))} is not an image of the index "
             f"({len(strange)} of {len(wanted)} are not; the index has such as {min(known)})"
         )
     return set(wanted) | set(" ".join(facts.solution["images"].unique()).split())

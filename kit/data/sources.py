@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from kit.data import exclusions
+from kit.data.id_forms import refuse_other_form
 from kit.data.readers import open_reader
 from kit.data.tables import (
     encode_label,
@@ -146,6 +147,18 @@ def read(
     facts = readers[layout]()
     if layout != "gldv2" and (clean or excluded):
         facts = _recut(facts, clean, excluded or {})
+    if excluded:
+        tables = (facts.train, facts.index, facts.query, facts.gld_v1)
+        known = {name for table in tables for name in table["id"]}
+        gone = sum(facts.lost.get("full", {}).values())
+        facts.notes["images of the exclusion list that the data lack"] = (
+            len(set(excluded) - known) - gone
+        )
+    other = len(facts.clean) - int(facts.train["clean"].sum())
+    if clean and other > 0:
+        facts.notes["images of the clean list under another landmark than train's"] = (
+            other
+        )
     return facts
 
 
@@ -199,9 +212,15 @@ def official(
         train, clean, lost = _without(train, clean, excluded)
         if strange:  # train.csv is a part of the data's own
             lost["clean"] = {NOT_IN_TRAIN: strange} | lost.get("clean", {})
+        known = set(train["landmark_id"])
+        refuse_other_form(clean["landmark_id"], known, source, "train.csv")
         train, clean, landmarks = _labelled(train, clean)
         categories = table(
             "train/train_label_to_category.csv", "landmark_id", "category"
+        )
+        _compare_ids(
+            *(categories["landmark_id"], landmarks, notes),
+            *(data / "train/train_label_to_category.csv", "landmarks of train.csv"),
         )
         names = _labels_by_name(categories, landmarks, notes)
     if (data / "index").is_dir():
@@ -217,19 +236,32 @@ def official(
         query = table("test/test.csv", "id")[["id"]]
         refuse_repeats(query["id"], data / "test/test.csv")
         query["path"] = _paths(query["id"], "test", data / "test/test.csv")
-        if (data / "test/retrieval_solution_v2.1.csv").exists():
-            solution = read_solution(data / "test/retrieval_solution_v2.1.csv")
-            sources["test/retrieval_solution_v2.1.csv"] = len(solution)
-            notes["queries of the solution that test.csv lacks"] = _count_missing(
-                solution["id"], query["id"]
+        path = data / "test/retrieval_solution_v2.1.csv"
+        if path.exists():
+            solution = read_solution(path)
+            sources[f"test/{path.name}"] = len(solution)
+            _compare_ids(
+                solution["id"], query["id"], notes, path, "queries of test.csv"
             )
-            truth = set(" ".join(solution["images"].unique()).split())
-            notes["right answers of the solution that index.csv lacks"] = (
-                len(truth.difference(index["id"])) if len(index) else 0
+            if len(index):
+                truth = set(" ".join(solution["images"].unique()).split())
+                refuse_other_form(sorted(truth), set(index["id"]), path, "index.csv")
+                notes["right answers of the solution that index.csv lacks"] = len(
+                    truth.difference(index["id"])
+                )
+        path = data / "test/recognition_solution_v2.1.csv"
+        if path.exists():
+            recognition = read_recognition(path)
+            sources[f"test/{path.name}"] = len(recognition)
+            _compare_ids(
+                recognition["id"], query["id"], notes, path, "queries of test.csv"
             )
-        if (data / "test/recognition_solution_v2.1.csv").exists():
-            recognition = read_recognition(data / "test/recognition_solution_v2.1.csv")
-            sources["test/recognition_solution_v2.1.csv"] = len(recognition)
+            if len(landmarks):
+                truth = recognition["landmarks"].str.split().explode().dropna()
+                refuse_other_form(truth, set(landmarks), path, "train.csv")
+                notes["landmarks of the solution that train.csv lacks"] = int(
+                    (~truth.isin(landmarks)).sum()
+                )
     country = _countries(data / "train/country", landmarks, notes)
     for rows in (train, index, query) if there else ():
         _refuse_wrong_root(rows, data)
@@ -433,17 +465,32 @@ def _official_index(
         rows["id"].map(places.set_index("id")["landmark_id"]).fillna("-1")
     )
     rows["label"] = rows["landmark_id"].map(label).fillna(-1).astype(np.int64)
-    notes["index images without a row in index_image_to_landmark.csv"] = int(
-        (rows["landmark_id"] == "-1").sum()
-    )
-    notes["images of index_image_to_landmark.csv that index.csv lacks"] = (
-        _count_missing(places["id"], index["id"])
+    source = data / "index/index_image_to_landmark.csv"
+    _compare_ids(places["id"], index["id"], notes, source, "images of index.csv")
+    _compare_ids(
+        *(categories["landmark_id"], places["landmark_id"], notes),
+        *(data / "index/index_label_to_category.csv", f"landmarks of {source.name}"),
     )
     return rows
 
 
-def _count_missing(ids: pd.Series, there: pd.Series) -> int:
-    return int((~ids.isin(there)).sum())
+def _compare_ids(
+    ids: Iterable[str],
+    others: Iterable[str],
+    notes: dict[str, int],
+    source: Path,
+    other: str,
+) -> None:
+    """Count what `source` lacks of another table's ids, and what it has besides them.
+
+    Raises ValueError where they are the same ids, written in two forms.
+    """
+    here, there = set(ids), set(others)
+    if not here:
+        raise ValueError(f"{source}: no rows")
+    refuse_other_form(ids, there, source, other)
+    notes[f"{other} that {source.name} lacks"] = len(there - here)
+    notes[f"{source.name} has, besides {other}"] = len(here - there)
 
 
 def _countries(folder: Path, landmarks: pd.Index, notes: dict[str, int]) -> np.ndarray:
@@ -511,7 +558,7 @@ def _checked_paths(table: pd.DataFrame, source: Path, root: Path) -> list[str]:
         found.append(posixpath.normpath(name))
     folders = {folder for name in set(found) for folder in _parents(name)}
     for number, name in enumerate(found, 2):
-        if name in folders:
+        if name in folders or name == ".":
             raise ValueError(
                 f"{source}: line {number}: {quoted(name)} is a folder, not an image"
             )

@@ -606,7 +606,7 @@ def test_an_id_that_is_not_of_the_index_is_refused_before_anything_is_written(
     with pytest.raises(ValueError) as error:
         build(gldv2, out, index_ids=ids("bbbb000000000001", "0000000000054321"))
     message = refused(error, ValueError)
-    assert "index_ids.csv: 0000000000054321 is not an image of the index" in message
+    assert "index_ids.csv: '0000000000054321' is not an image of the index" in message
     assert not out.exists()
 
 

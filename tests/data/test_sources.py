@@ -2,6 +2,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -1076,3 +1077,67 @@ def test_a_query_of_a_place_that_train_does_not_have_shows_no_landmark(classes):
     assert facts.recognition["id"].tolist() == facts.query["id"].tolist()
     assert facts.recognition["landmarks"].tolist() == ["", ""]  # c and f are held out
     assert set(facts.recognition["usage"]) == {"Public", "Private"}
+
+
+FORMS = {
+    "jpg": (r"\b([0-9a-f]{16})\b", r"\1.jpg"),
+    "path": (r"\b([0-9a-f]{16})\b", r"test/\1"),
+    "zeros": (r"(?<=[\n, ])(\d{1,4})(?=[,\n ])", r"0\1"),
+}
+
+
+@pytest.fixture
+def recognised(gldv2):
+    """With the landmarks that queries show."""
+    ids = (gldv2 / "test/test.csv").read_text().split()[1:]
+    rows = [f"{name.split(',')[0]},10 30,Public" for name in ids]
+    path = gldv2 / "test/recognition_solution_v2.1.csv"
+    path.write_text("\n".join(["id,landmarks,Usage", *rows]) + "\n")
+    return gldv2
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("train/train_clean.csv", "zeros"),
+        ("train/train_label_to_category.csv", "zeros"),
+        ("index/index_image_to_landmark.csv", "jpg"),
+        ("index/index_label_to_category.csv", "zeros"),
+        ("test/retrieval_solution_v2.1.csv", "path"),
+        ("test/retrieval_solution_v2.1.csv", "jpg"),
+        ("test/recognition_solution_v2.1.csv", "path"),
+        ("test/recognition_solution_v2.1.csv", "zeros"),
+    ],
+)
+def test_a_table_that_writes_ids_in_another_form_must_be_refused(
+    recognised, name, form
+):
+    path = recognised / name
+    path.write_text(re.sub(*FORMS[form], path.read_text()))
+    with pytest.raises(ValueError, match=f"{name}: .* in another form, such as"):
+        sources.official(recognised)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("train/train_label_to_category.csv", "landmarks of train.csv"),
+        ("index/index_image_to_landmark.csv", "images of index.csv"),
+        ("index/index_label_to_category.csv", "landmarks of index_image_to_landmark"),
+        ("test/retrieval_solution_v2.1.csv", "queries of test.csv"),
+        ("test/recognition_solution_v2.1.csv", "queries of test.csv"),
+    ],
+)
+def test_a_row_that_a_table_lacks_must_be_counted(recognised, name, lacks):
+    def lacking():
+        notes = sources.official(recognised).notes
+        (note,) = (n for n in notes if n.startswith(lacks) and path.name in n)
+        return notes[note]
+
+    path = recognised / name
+    before, lines = lacking(), path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    assert lacking() == before + 1
+    path.write_text(f"{lines[0]}\n")
+    with pytest.raises(ValueError, match=f"{name}: no rows"):
+        sources.official(recognised)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from kit.answers import submission
 from kit.answers.metrics.mean_ap import show_score
+from kit.data.id_forms import refuse_other_form
 from kit.data.tables import decode_label, read_recognition
 
 HALVES = ("Public", "Private")
@@ -108,8 +109,16 @@ def coverage(score: Score, half: str) -> pd.DataFrame:
 
 
 def evaluate_file(path: Path, solution: Path) -> Score:
-    """Of a submission id,landmarks."""
-    return evaluate(submission.read_landmarks(path), read_recognition(solution))
+    """Of a submission id,landmarks; ValueError where its ids have another form than the truth's."""
+    made, truth = submission.read_landmarks(path), read_recognition(solution)
+    landmarks = {decode_label(word) for word in " ".join(truth["landmarks"]).split()}
+    for ids, known in ((made["id"], set(truth["id"])), (made["landmark"], landmarks)):
+        refuse_other_form(ids, known, path, solution.name)
+    if len(truth) and not made["id"].isin(truth["id"]).any():
+        raise ValueError(
+            f"{path}: none of its {len(made)} queries is in {solution.name}"
+        )
+    return evaluate(made, truth)
 
 
 def _half(queries: pd.DataFrame, half: str) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kit.answers import submission
+from kit.data.id_forms import refuse_other_form
 from kit.data.tables import read_solution
 
 
@@ -154,4 +155,9 @@ def answers(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def evaluate_file(path: Path, solution: Path) -> Score:
-    return evaluate(*answers(path), read_solution(solution))
+    """Of a submission id,images; ValueError where its ids have another form than the truth's."""
+    (queries, ranked), truth = answers(path), read_solution(solution)
+    refuse_other_form(queries, set(truth["id"]), path, solution.name)
+    images = set(" ".join(truth["images"]).split())
+    refuse_other_form(ranked.ravel().tolist(), images, path, solution.name)
+    return evaluate(queries, ranked, truth)

@@ -212,7 +212,7 @@ def test_a_missing_ground_truth_is_named(options, tmp_path, name):
         (gldv2.RETRIEVAL, "Public|Private", "Ignored", "no query counts"),
         (gldv2.RECOGNITION, "Public|Private", "Ignored", "no query counts"),
         (gldv2.RECOGNITION, r",\d+( \d+)*,", ",,", "no query counts"),
-        (gldv2.RETRIEVAL, r"(?<=[, ])([0-9a-f]{16})", r"\1.jpg", "jpg', is in list"),
+        (gldv2.RETRIEVAL, r"(?<=[, ])([0-9a-f]{16})", r"\1.jpg", "in another form"),
     ],
 )
 def test_a_ground_truth_that_nothing_can_score_by_must_be_refused_before_extraction(
