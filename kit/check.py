@@ -42,8 +42,7 @@ SKIPPED = ("tensorboard",)
 class Report:
     """What was found in a work folder."""
 
-    files: int = 0
-    size: int = 0  # bytes
+    sizes: dict[Path, int] = field(default_factory=dict)  # bytes of each file read
     unfinished: list[Path] = field(default_factory=list)
     problems: dict[Path, str] = field(default_factory=dict)  # by file: what and repair
 
@@ -178,7 +177,7 @@ def _check_state(
     work: Path, path: Path, steps: dict[Path, str], report: Report
 ) -> None:
     """Of an unfinished stage: an archive with checksums of its own."""
-    report.files, report.size = report.files + 1, report.size + path.stat().st_size
+    report.sizes[path] = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -191,7 +190,7 @@ def _check_state(
 def _read(
     work: Path, path: Path, steps: dict[Path, str], report: Report
 ) -> dict[str, Any]:
-    report.files, report.size = report.files + 1, report.size + path.stat().st_size
+    report.sizes[path] = path.stat().st_size
     try:
         return checksums.read_manifest(path, "")
     except checksums.Damaged:
@@ -207,7 +206,7 @@ def _compare(
     if not path.is_file():
         _tell(work, path, "missing", steps, report)
         return
-    report.files, report.size = report.files + 1, report.size + path.stat().st_size
+    report.sizes[path] = path.stat().st_size
     if checksums.compute_checksum(path) != checksum:
         _tell(work, path, "damaged, or of something else", steps, report)
 
@@ -237,12 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{work}: no such folder")
     began = time.monotonic()
     report = check_folder(work)
-    if not report.files:
+    if not report.sizes:
         sys.exit(f"{work}: nothing in it has a checksum; give the pipeline's --work")
     for path, told in sorted(report.problems.items()):
         print(f"{path.relative_to(work)}: {told}")
     seconds = time.monotonic() - began
-    counts = f"{report.files} files, {report.size / 1e6:.1f} MB, {seconds:.1f} s"
+    size = sum(report.sizes.values()) / 1e6
+    counts = f"{len(report.sizes)} files, {size:.1f} MB, {seconds:.1f} s"
     if report.unfinished:
         counts += f"; {len(report.unfinished)} unfinished"
     if report.problems:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from bench import ROOT, Bench, Row
 
-from kit import checksums, files
+from kit import files
 from kit.data import lists
 from kit.features import store
 from kit.kaggle import build, contents
@@ -87,9 +87,7 @@ def _list(run: Run, number: int) -> lists.ImageList:
         for row, label in enumerate(labels.tolist()):
             name = f"{row:016x}"
             file.write(f"{name},train/{name}.jpg,{label},{label},1,FR,Europe,-1,-1\n")
-    about = {"name": VOTERS, "rows": number, "hash": files.sha256(path), "kit": "0"}
-    about["checksums"] = checksums.compute_checksums(path.parent, [path.name])
-    checksums.write_manifest(path.with_suffix(".json"), about)
+    lists.describe_file(path, {"name": VOTERS, "rows": number})
     return lists.load(run.lists, VOTERS, ("id",))
 
 

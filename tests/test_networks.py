@@ -39,8 +39,7 @@ def few(photos, continents, tmp_path_factory) -> Path:
             folder / f"{name}.csv", index=False, lineterminator="\n"
         )
         about = files.read_json(folder / f"{name}.json")
-        about["hash"] = files.sha256(folder / f"{name}.csv")
-        files.write_json(folder / f"{name}.json", about)
+        lists.describe_file(folder / f"{name}.csv", about)
     return folder
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kit import config, files, launch, pipeline, tune
+from kit import checksums, config, launch, pipeline, tune
 from kit.answers import leaks
 from kit.answers.trial import Search, Trial, score
 from kit.data import lists, sources
@@ -277,8 +277,10 @@ def leaky(search: Search, data: Path, folder: Path, usage: str = "") -> Search:
             text = text.replace("Public", usage)
         (copy / path.name).write_text(text)
     about = json.loads((copy / "all.json").read_text())
-    about["hash"] = files.sha256(copy / "all.csv")
-    (copy / "all.json").write_text(json.dumps(about))
+    lists.describe_file(copy / "all.csv", about)
+    about = json.loads((copy / "solution.json").read_text())
+    about["checksums"] = checksums.compute_checksums(copy, ["solution.csv"])
+    checksums.write_manifest(copy / "solution.json", about)
     return replace(search, job=replace(search.job, lists=copy))
 
 

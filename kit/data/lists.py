@@ -419,10 +419,15 @@ def _write(
                 "list %s: %d of %d images are missing or unreadable, such as %s",
                 *(path.stem, unreadable, about["rows"], examples[0]),
             )
+    describe_file(path, about)
+    return about["rows"]
+
+
+def describe_file(path: Path, about: dict[str, Any]) -> Path:
+    """Write the JSON beside a list's CSV: `about` it, its hash and its checksum."""
     made = {"hash": files.sha256(path), "kit": kit.__version__}
     made["checksums"] = checksums.compute_checksums(path.parent, [path.name])
-    checksums.write_manifest(path.with_suffix(".json"), about | made)
-    return about["rows"]
+    return checksums.write_manifest(path.with_suffix(".json"), about | made)
 
 
 def _remove_others(out: Path, kept: Collection[str]) -> None:

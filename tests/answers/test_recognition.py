@@ -46,10 +46,7 @@ def write(folder, name, rows):
     folder.mkdir(parents=True, exist_ok=True)
     table[list(lists.COLUMNS)].to_csv(folder / f"{name}.csv", index=False)
     path = folder / f"{name}.csv"
-    files.write_json(
-        folder / f"{name}.json",
-        {"name": name, "rows": len(table), "hash": files.sha256(path), "kit": "1"},
-    )
+    lists.describe_file(path, {"name": name, "rows": len(table)})
 
 
 def features(folder, images, model, vectors):

@@ -272,8 +272,7 @@ def relisted(lists_folder: Path, out: Path, rows: pd.DataFrame) -> None:
     out.mkdir()
     rows.to_csv(out / "full.csv", index=False, lineterminator="\n")
     about = files.read_json(lists_folder / "full.json")
-    about["hash"] = files.sha256(out / "full.csv")
-    files.write_json(out / "full.json", about)
+    lists.describe_file(out / "full.csv", about)
 
 
 def test_images_without_a_label_are_extracted_too(data, job, tmp_path):

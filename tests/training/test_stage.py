@@ -189,8 +189,7 @@ def test_rows_without_a_label_are_left_out(job, photos):
     copy.mkdir()
     table.to_csv(copy / "clean.csv", index=False, lineterminator="\n")
     about = json.loads((photos / "lists" / "clean.json").read_text())
-    about["hash"] = lists.files.sha256(copy / "clean.csv")
-    (copy / "clean.json").write_text(json.dumps(about))
+    lists.describe_file(copy / "clean.csv", about)
     folder = stage.run(dataclasses.replace(job, lists=copy))
     assert json.loads((folder / "stage.json").read_text())["images"] == 17
 
