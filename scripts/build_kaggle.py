@@ -89,6 +89,7 @@ def main() -> None:
         public_queries=given.public_queries,
         wheels=tuple(given.wheels),
     )
+    answering.check_competition(order.competition, given.task)
     # the images stay at home: a path of theirs is not needed
     run = Run(given.recipe, data=Path(), work=given.work.resolve())
     found = contents.find(run, given.reference, given.known, given.task)

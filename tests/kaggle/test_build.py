@@ -742,6 +742,19 @@ def test_the_command_refuses_in_one_line(made, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
 
 
+def test_the_command_refuses_a_competition_before_it_looks_at_the_work(tmp_path):
+    told = ("--user", "alice", "--work", str(tmp_path / "none"))
+    slug = "happy-whale-and-dolphin"
+    done = subprocess.run(
+        command(*told, "--competition", slug),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert repr(slug) in done.stderr and "landmark-recognition-2021" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_builds_with_the_repositorys_own_notebook(made, tmp_path):
     told = ("--user", "alice", "--work", str(made.work), "--out", str(tmp_path / "b"))
