@@ -53,7 +53,7 @@ class Optim:
             most=dict.fromkeys(("layer_decay", "floor", "warmup_from", "gamma"), 1)
             | dict.fromkeys(("weight_decay", "norm_decay", "bias_decay"), 10)
             | dict.fromkeys(("bias_lr", "head_lr", "warmup"), 10_000)
-            | {"lr": 100, "clip": 1e9},
+            | {"lr": 1e12, "clip": 1e9},
             below={"momentum": 1},
             choices={"optimizer": OPTIMIZERS, "schedule": SCHEDULES},
         )
