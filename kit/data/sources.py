@@ -37,26 +37,20 @@ SPLITS = ("train", "index", "query")
 ID = re.compile(r"[0-9a-f]{16}")
 # what the decoder reads (kit.data.images), in any case
 PICTURE = re.compile(
-    r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|avif|bmp|dib|tiff?|jp2|gif|p[bgpn]m)$",
+    r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|avif|bmp|dib|tiff?|j2[ck]|jp[2cfx]|gif|p[bgpn]m)$",
     re.IGNORECASE,
 )
 # what systems, archives and network disks leave beside photographs; hidden names besides
 LEFTOVERS = frozenset(
-    [
-        "__macosx",
-        "@eadir",
-        "@__thumb",
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "lost+found",
-        "thumbs.db",
-        "ehthumbs.db",
-        "ehthumbs_vista.db",
-        "desktop.ini",
-    ]
-) | {"system volume information", "icon\r"}
+    {
+        *("__macosx", "icon\r", "temporary items", "network trash folder"),  # macOS
+        *("$recycle.bin", "recycler", "found.000", "system volume information"),
+        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+        *("@eadir", "@tmp", "@synoeastream", "#recycle", "#snapshot"),  # Synology
+        *("@__thumb", "@recycle", "@recently-snapshot", "@sharebin", "@transcode"),
+        *("~snapshot", "lost+found", "_gsdata_"),
+    }
+)
 FLOAT = re.compile(r"[+-]?\d+\.\d*")  # as pandas writes a whole number beside a gap
 NONE: Mapping[str, str] = MappingProxyType({})
 NOT_IN_TRAIN = "image is not in train.csv"
@@ -281,7 +275,7 @@ def image_ids(folder: Path) -> Iterator[str]:
     They come as they are found: to list a competition's whole index takes minutes.
     """
     for _, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not _is_leftover(name))
         stems = (name.removesuffix(".jpg") for name in names if name.endswith(".jpg"))
         yield from sorted(filter(ID.fullmatch, stems))
 
@@ -579,6 +573,10 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
     its images (at least one) are queries and the others the index. What is no photograph is left
     out and counted in `notes`: leftovers of systems, and extensions that the decoder does not read.
     """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}: no such folder; give the one with the classes"
+        )
     tops = sorted(p for p in root.glob("*") if p.is_dir() and not _is_leftover(p.name))
     _refuse_other_case(root, [p.name for p in tops])
     missing = [split for split in SPLITS if not (root / split).is_dir()]
@@ -598,6 +596,8 @@ def from_folders(root: Path, held_out: int = 3) -> Facts:
         )
     found = []
     notes: Counter[str] = Counter()
+    if split_up:
+        notes["left out: folder beside the splits"] = len(tops) - len(SPLITS)
     above = [root / split for split in SPLITS] if split_up else [root]
     notes["left out: photograph in no class folder"] = sum(
         bool(PICTURE.search(p.name)) and not _is_leftover(p.name) and p.is_file()
@@ -633,11 +633,19 @@ def find_photographs(folder: Path, notes: Counter[str]) -> list[Path]:
     for here, folders, names in os.walk(folder):
         notes["left out: hidden, or left by a system"] += len(names) + len(folders)
         folders[:] = [name for name in folders if not _is_leftover(name)]
+        notes["left out: folder behind a link, inside a class"] += sum(
+            os.path.islink(os.path.join(here, name)) for name in folders
+        )
         names = [name for name in names if not _is_leftover(name)]
         notes["left out: hidden, or left by a system"] -= len(names) + len(folders)
         for name in names:
+            path = Path(here, name)
             if PICTURE.search(name):
-                found.append(Path(here, name))
+                # a pipe would be waited for; a link that leads nowhere counts as missing
+                if path.is_file() or path.is_symlink():
+                    found.append(path)
+                else:
+                    notes["left out: no plain file"] += 1
                 continue
             ending = PurePath(name).suffix.lower() or "no extension"
             notes[
@@ -647,7 +655,7 @@ def find_photographs(folder: Path, notes: Counter[str]) -> list[Path]:
 
 
 def _is_leftover(name: str) -> bool:
-    return name.startswith(".") or name.lower() in LEFTOVERS
+    return name.startswith((".", "~$")) or name.lower() in LEFTOVERS
 
 
 def _refuse_other_case(root: Path, names: Iterable[str]) -> None:

@@ -677,7 +677,8 @@ def test_a_folder_without_pictures_is_refused(classes):
             "a/.DS_Store",
             "a/DESKTOP.INI",
         ),
-        *("$RECYCLE.BIN/x/0.jpg", "lost+found/0.jpg"),
+        *("$RECYCLE.BIN/x/0.jpg", "lost+found/0.jpg", "@Recycle/0.jpg", "a/~$0.jpg"),
+        *("a/@SynoEAStream/0.jpg", "Network Trash Folder/0.jpg", "FOUND.000/0.jpg"),
     ],
 )
 def test_what_systems_leave_beside_photographs_must_be_none(classes, name):
@@ -732,6 +733,26 @@ def test_what_the_decoder_does_not_read_must_be_counted_by_extension(classes):
         "left out: class without a photograph": 1,
         "left out: photograph in no class folder": 1,
     }
+
+
+def test_what_is_no_plain_file_must_be_left_out_and_counted(classes, tmp_path):
+    root = classes(*[f"{c}/{n}.jpg" for c in "abc" for n in range(4)])
+    os.mkfifo(root / "a/9.jpg")  # reading it would wait for ever
+    (root / "b/8.jpg").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/0.jpg").touch()
+    (root / "a/more").symlink_to(tmp_path / "elsewhere")
+    facts = sources.from_folders(root)
+    assert len(facts.train) + len(facts.index) + len(facts.query) == 12
+    assert facts.notes == {
+        "left out: no plain file": 1,
+        "left out: folder behind a link, inside a class": 1,
+    }
+
+
+def test_folders_beside_the_splits_must_be_counted(classes):
+    root = classes("train/a/0.jpg", "index/a/1.jpg", "query/a/2.jpg", "extra/a/3.jpg")
+    assert sources.from_folders(root).notes == {"left out: folder beside the splits": 1}
 
 
 @pytest.mark.parametrize("name", ["Train", "INDEX", "query ", "Query"])

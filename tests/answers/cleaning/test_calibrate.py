@@ -150,7 +150,9 @@ def test_a_killed_calibration_is_in_no_other_backend_s_way(
     given = Labelled(images, graph)
     drawn = calibrate.sample(given, np.ones(len(given), bool), 3)
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.shutil, "rmtree", lambda path, ignore_errors=False: None)
+        patch.setattr(
+            calibrate.shutil, "rmtree", lambda path, ignore_errors=False: None
+        )
         calibrate.measure(drawn, given, folder, WAY, tmp_path)
     assert list(tmp_path.iterdir())
     other = Backend(features.Sift(side=160, most=200))
