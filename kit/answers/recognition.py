@@ -87,6 +87,25 @@ class Recognition:
             raise ValueError("there is no solution to score landmarks by")
         return gap.evaluate(self.predict(plan), self.solution)
 
+    def choose_steps(self, steps: Sequence[str], non_landmarks: str) -> list[str]:
+        """Those of `steps` that the public half can choose, with a line about each that it cannot.
+
+        None where no query of it shows a known landmark, as where every class of the queries is
+        held out of training; no `non_landmark` where the list has no image without a landmark.
+        """
+        if self.solution is None or self.lists_folder is None:
+            raise ValueError("there is no solution to choose steps by")
+        if not gap.any_landmark(self.solution, "Public"):
+            print(
+                "no query of the public half shows a known landmark: nothing is tuned"
+            )
+            return []
+        elsewhere = lists.load(self.lists_folder, non_landmarks, ("id", "label"))
+        if len(distractors.without_landmark(elsewhere, self.solution)):
+            return list(steps)
+        print(f"list {non_landmarks} has no image without a landmark: no non_landmark")
+        return [name for name in steps if name != "non_landmark"]
+
     def calibrated(self, plan: Recogniser) -> Recogniser:
         """The recogniser with confidences as chances of being right, learnt on the public half.
 

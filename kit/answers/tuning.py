@@ -6,6 +6,7 @@ A score is of the half that may be chosen by, never of the one that is reported.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +119,11 @@ def with_step(chain: Chain, step: Step) -> Chain:
     steps = [*chain.steps, step]
     kinds = list(dict.fromkeys(each.kind for each in STEPS.values()))
     return replace(chain, steps=tuple(sorted(steps, key=lambda s: kinds.index(s.kind))))
+
+
+def with_steps(chain: Chain, steps: Sequence[Step]) -> Chain:
+    """The chain with more steps, each at the end of its kind."""
+    return reduce(with_step, steps, chain)
 
 
 def fused(

@@ -81,6 +81,13 @@ def wide_steps(chosen: Sequence[Step], index: int) -> list[str]:
     ]
 
 
+def warn_of_wide_steps(names: Sequence[str], index: int) -> None:
+    """Print a line for each of the steps, as they are published, that `wide_steps` names."""
+    known = [NAMED.get(name) or (steps.build({"step": name}),) for name in names]
+    for line in wide_steps([step for chain in known for step in chain], index):
+        print(line)
+
+
 def refuse_order(chosen: Sequence[Step]) -> None:
     """Features first, then bonuses, then rankings; within a kind any order."""
     for before, after in pairwise(chosen):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit import pipeline
+from kit import checksums, pipeline
 from kit.answers import gain_table, submission
 from kit.answers.metrics import gap
 from kit.data import lists, sources, tables, toy
@@ -136,6 +136,8 @@ def test_queries_of_unknown_landmarks_must_be_named_without_a_gap(done, tmp_path
     truth = tables.read_recognition(folder / "recognition.csv")
     unknown = truth.assign(landmarks="").rename(columns={"usage": "Usage"})
     unknown.to_csv(folder / "recognition.csv", index=False)
+    about = {"checksums": checksums.compute_checksums(folder, ["recognition.csv"])}
+    checksums.write_manifest(folder / "recognition.json", about)
     for name in ("index", "query"):  # features of the copied lists are the same
         assert lists.load(folder, name).hash == lists.load(done.lists, name).hash
     given = places(done, tmp_path) | {"lists_folder": str(folder)}

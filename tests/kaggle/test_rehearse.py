@@ -338,7 +338,7 @@ def test_a_killed_run_is_judged_by_the_file_it_leaves(build, data, isolated, pau
     else:
         assert not run.ok and not run.valid
         assert run.problem.startswith("killed 1.5 s after the first valid file: ")
-        assert "broken is no query" in run.problem
+        assert "'broken' is no query" in run.problem
 
 
 def test_a_run_that_ends_before_it_is_killed_is_judged_as_any_other(build, data):

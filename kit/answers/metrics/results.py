@@ -61,6 +61,8 @@ class Results:
 
     def lines(self, name: str) -> list[str]:
         """One a measure of SHOWN, the official one first."""
+        if self.per_query.empty:
+            return [f"{name}: no query has an image to find, nothing is measured"]
         counts = f"{len(self.per_query)} queries, {self.per_query['class'].nunique()} classes"
         return [
             f"{name} {measure}: per query {self.mean(measure)}, "

@@ -78,5 +78,11 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 def test_a_table_in_which_nothing_can_be_found_has_no_number(tmp_path):
     found = measured([[False]], [0])
     about = results.write(found, "mine", PROTOCOL, tmp_path)
-    assert set(files.read_json(about)["measures"].values()) == {None}
-    assert "NaN" not in about.read_text() and "nan" in found.lines("mine")[0]
+    measures = files.read_json(about)["measures"]
+    assert measures and all(
+        mean is None for means in measures.values() for mean in means.values()
+    )
+    assert "NaN" not in about.read_text()
+    assert found.lines("mine") == [
+        "mine: no query has an image to find, nothing is measured"
+    ]
