@@ -89,7 +89,7 @@ def start(work, mark, background=False, **more):
         stderr=subprocess.STDOUT,
         text=True,
         # these tests may themselves have been started by nohup
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 
