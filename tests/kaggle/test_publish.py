@@ -215,7 +215,7 @@ def test_an_output_that_would_leave_its_folder_is_refused(kaggle, go, tmp_path):
         ("é" * 101, "longer than"),
         ("..", "leads elsewhere"),
         ("a/../../b", "leads elsewhere"),
-        ("/tmp/b", "absolute"),
+        ("/b", "absolute"),
         ("a//b", "is empty"),
         ("./b", "leads elsewhere"),
         ("b/", "is empty"),
